@@ -1,0 +1,1337 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.9", "tiktoken", "numpy"]
+# ///
+"""cocoracle: can we read what a language model is thinking while it reasons in latent space?
+
+A GPT-2 learns to add with a written, carry-by-carry chain of thought; a curriculum then replaces the
+written steps by *continuous thoughts* (Coconut); and an *activation oracle* learns to read one thought's
+hidden state and to say in words which step it stands for. Baselines and controls stand beside every figure.
+
+    python cocoracle.py --stage all                       # tiny model, from scratch, CPU, minutes
+    python cocoracle.py --stage all --digits 2-4          # the seed's mix of lengths
+    python cocoracle.py --stage eval --out runs/tiny      # measure a finished run again
+
+Sections: 1 this text; 2 configuration; 3 arithmetic and text; 4 GPT-2; 5 thinking; 6 injection and LoRA;
+7 training kit; 8 Coconut curriculum; 9 oracles; 10 probes; 11 evaluation; 12 stages and command line.
+
+Papers: Coconut (arXiv:2412.06769), Activation Oracles (arXiv:2512.15674), GPT-2 (Radford et al. 2019), LoRA
+(arXiv:2106.09685), linear probes (arXiv:1610.01644).
+
+Symbols: B batch, T positions of this call, S positions in the cache, C width, V vocabulary, L layers, H heads,
+D digits of an operand, K thoughts, N readings.
+  step      one line of text chain of thought, `7+5=12 write 2 carry 1`
+  slot      index of a step in its problem; D digits make D+1 slots, always (the last holds the final carry)
+  thought   one latent position: its input is the last hidden state (after ln_f) of the position before
+  stage k   the last k slots are thoughts, those before are text; 0 is all text, "all" is all thoughts
+  layer l   the residual stream after l blocks; 0 is what enters the first block
+  reading   the residual stream of one thought at one layer
+
+It does not: sample (every answer is greedy), batch problems of different lengths together, or train on text of
+your own. A high reading score does not show that the model *uses* what is read.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import gpt2_weights
+from gpt2_weights import WeightsError, read_safetensors, write_safetensors
+
+# -----------------------------------------------------------------------------------------------------------
+# 2. Configuration
+
+STAGES = ("all", "coconut", "probes", "oracle", "lora", "eval")
+SIZES = {"tiny": (3, 4, 96), **gpt2_weights.SIZES}  # name: (layers, heads, width)
+
+
+def opt(default, help, **more):
+    """One configuration field: its default and, as metadata, what argparse needs."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def digits_arg(s):
+    """'2,3' or '2-4' -> (2, 3) or (2, 3, 4): operands of 2 to 8 digits."""
+    ends = [int(d) for d in re.findall(r"\d", s)]
+    if not re.fullmatch(r"[2-8](-[2-8]|(,[2-8])*)", s) or "-" in s and ends[0] > ends[1]:
+        raise argparse.ArgumentTypeError(f"takes lengths from 2 to 8 as `2,3` or `2-4`, not {s!r}")
+    return tuple(range(ends[0], ends[1] + 1)) if "-" in s else tuple(sorted(set(ends)))
+
+
+def number(kind, low, high=math.inf):
+    """-> the argparse type of a finite int or float in [low, high]."""
+    def convert(s):
+        try:
+            value = kind(s)
+            if low <= value <= high and value < math.inf:
+                return value
+        except ValueError:
+            pass
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"takes {'an integer' if kind is int else 'a number'} {limits}, not {s!r}")
+    return convert
+
+
+COUNT, SHARE, LEARNING_RATE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every knob, with its help line; the command line is made from it. Defaults are tiny's, on a CPU."""
+
+    stage: str = opt("all", "what to run; `all` runs coconut, probes, oracle, lora, eval in order", choices=STAGES)
+    model: str = opt("tiny", "size of the GPT-2", choices=tuple(SIZES))
+    out: str = opt("", "directory of the run (default runs/MODEL)")
+    resume: bool = opt(False, "go on with the run in --out: finished parts are kept")
+    force: bool = opt(False, "train again over a finished part in --out")
+    seed: int = opt(0, "seed of weights and data", type=number(int, 0, 2**63 - 1))
+    device: str = opt("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = opt("auto", "auto: bfloat16 on a GPU, else float32", choices=("auto", "float32", "bfloat16"))
+    compile: bool = opt(None, "torch.compile the blocks (default: on a GPU)", action=argparse.BooleanOptionalAction)
+    # data
+    digits: tuple = opt((2, 3), "operand lengths, as `2,3` or `2-4`", type=digits_arg)
+    thoughts_per_slot: int = opt(1, "thoughts in place of one text step", type=COUNT)
+    # coconut
+    batch_size: int = opt(64, "problems (or readings) in a training step", type=COUNT)
+    text_steps: int = opt(500, "training steps of stage 0, all text", type=COUNT)
+    stage_steps: int = opt(200, "training steps of stage 1; stages 2, 3 take 2, 3 times as many", type=COUNT)
+    latent_steps: int = opt(1200, "training steps of the last stage, all thoughts", type=COUNT)
+    text_lr: float = opt(2e-3, "peak learning rate of stage 0", type=LEARNING_RATE)
+    latent_lr: float = opt(1e-3, "peak learning rate of the later stages", type=LEARNING_RATE)
+    weight_decay: float = opt(0.5, "AdamW's, in the coconut's training", type=number(float, 0))
+    mix: float = opt(0.0, "share of all-text batches in the later stages, against forgetting", type=SHARE)
+    # oracles
+    read_depth: float = opt(0.5, "layer read, as a share of the depth (rounded up)", type=SHARE)
+    whiten: bool = opt(True, "whiten readings before use", action=argparse.BooleanOptionalAction)
+    scale: float = opt(2.0, "strength of a reading, relative to the state it is added to", type=number(float, 0))
+    oracle_steps: int = opt(4500, "training steps of the self-oracle", type=COUNT)
+    oracle_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
+    oracle_muon: float = opt(0.04, "Muon's peak learning rate on its matrices; 0: AdamW on all", type=number(float, 0))
+    rehearsal: float = opt(0.3, "share of its steps that repeat the coconut's own task too", type=SHARE)
+    lora_steps: int = opt(1000, "training steps of the LoRA oracle", type=COUNT)
+    lora_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
+    lora_rank: int = opt(32, "rank of the adapters", type=COUNT)
+    # evaluation
+    probe_problems: int = opt(40000, "training problems of each length for the probes", type=COUNT)
+    probe_epochs: int = opt(8, "passes of each probe over its readings", type=COUNT)
+    eval_problems: int = opt(1000, "held-out problems in an evaluation, split evenly over --digits", type=COUNT)
+    log_every: int = opt(100, "training steps between log lines", type=COUNT)
+    save_every: float = opt(60.0, "seconds between checkpoints", type=number(float, 0))
+
+    @property
+    def positions(self):
+        return 256 if self.model == "tiny" else 1024
+
+    @property
+    def read_layer(self):
+        return math.ceil(self.read_depth * SIZES[self.model][0])
+
+    @property
+    def inject_layer(self):
+        """The layer before the one read (as the seed has it); readings of layer 0 or 1 enter at layer 0."""
+        return max(self.read_layer - 1, 0)
+
+    @property
+    def curriculum(self):
+        """Stages in order: 0, then the last 1, 2, 3 slots latent, then all (as the number of latent slots)."""
+        most = max(self.digits) + 1
+        return [k for k in (0, 1, 2, 3) if k < most] + [most]
+
+
+# What differs from tiny's defaults where weights are large or pretrained. From the field (Coconut: lr 1e-4, batch
+# 128), not tuned by us: see the README for which defaults have been run.
+LARGE = {"batch_size": 128, "text_lr": 1e-4, "latent_lr": 1e-4, "oracle_lr": 1e-4, "oracle_muon": 0.0, "lora_lr": 1e-4,
+         "weight_decay": 0.01, "text_steps": 2000, "stage_steps": 500, "latent_steps": 3000, "oracle_steps": 6000,
+         "lora_steps": 6000}
+# What a later part may set for itself; everything else is as it was when the run's coconut was trained.
+OWN = {"probes": ("probe_problems", "probe_epochs"),
+       "oracle": ("oracle_steps", "oracle_lr", "oracle_muon", "rehearsal"),
+       "lora": ("lora_steps", "lora_lr", "lora_rank")}
+ANYTIME = ("eval_problems", "log_every", "save_every")
+SESSION = ("stage", "out", "resume", "force", "device", "dtype", "compile")  # not a property of the run
+
+
+class UserError(Exception):
+    """A user's mistake: its text, one line with the remedy, is all that is printed; the exit code is 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}: see --help")
+
+
+def parse(argv):
+    """Command line -> Config. A new run takes unset fields from its recipe; a later part or --resume takes them from
+    --out's config.json, and must not contradict it. Raises UserError."""
+    parser = Parser(prog="cocoracle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        extra = dict(field.metadata)
+        if field.type is bool and "action" not in extra:
+            extra["action"] = "store_true"
+        extra["help"] += "" if field.default in (None, "", False) else f" (default {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), **extra)
+    given = vars(parser.parse_args(argv))
+    stage, out = given.get("stage", "all"), given.get("out") or f"runs/{given.get('model', 'tiny')}"
+    if stage in ("all", "coconut") and not given.get("resume"):
+        base = LARGE if given.get("model", "tiny") != "tiny" else {}
+    else:
+        base = {}
+        for name, value in load_json(Path(out) / "config.json").items():  # through the parser: a file may be damaged
+            flag = "--" + name.replace("_", "-")
+            words = [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            try:
+                words = [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else words
+                base |= vars(parser.parse_args(words))
+            except UserError as e:
+                raise UserError(f"{out}/config.json: {e}; restore it, or choose another --out") from None
+        free = (*ANYTIME, *SESSION, *(() if given.get("resume") else OWN.get(stage, ())))
+        for name in set(given) & set(base) - set(free):
+            if given[name] != base[name]:
+                raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {base[name]}: "
+                                "leave it out, or choose another --out")
+    return Config(**{**base, **given, "out": out})
+
+
+def load_json(path):
+    """The object in a JSON file; {} where there is no file. Raises UserError on a damaged one."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        e = "not an object"
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        e = error
+    raise UserError(f"cannot read {path} ({e}): restore it, or choose another --out")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 3. Arithmetic and text
+
+SPECIAL = ("<bot>", "<sep>", "<eot>", "<act>")  # thoughts begin, step ends, thoughts end, a reading goes here
+IGNORE = -100  # a target that is not trained on
+
+
+def phrasings(nouns, places):
+    """Every way to ask for one of the nouns in one of the places."""
+    return [f"{opener} {noun}{place}{mark}" for opener, mark in (("What is", "?"), ("Which is", "?"), ("Write", "."))
+            for noun in nouns for place in places]
+
+
+# Question families of the activation oracle, and the phrasing of each that is kept for evaluation alone.
+QUESTIONS = {
+    "step": phrasings(("the intermediate calculation", "the calculation", "this calculation"),
+                      (" at this reasoning step", " at this step", " of this step", "")),
+    "answer": phrasings(("the final answer", "the answer", "the final result", "the result"),
+                        (" to this problem", " of this problem", "")),
+    "problem": phrasings(("the problem", "this problem"), (" being solved", " at this step", " of this step", "")),
+}
+HELD_OUT = {"step": "Which is the calculation of this step?", "answer": "Which is the final result of this problem?",
+            "problem": "Which is the problem being solved?"}
+TRAINED = {family: [q for q in asked if q != HELD_OUT[family]] for family, asked in QUESTIONS.items()}
+
+
+def columns(a, b):
+    """Add a + b by hand: one (digit of a, digit of b, carry in, digit written, carry out) per column, lowest first."""
+    out, carry = [], 0
+    for da, db in zip(reversed(str(a)), reversed(str(b))):
+        total = int(da) + int(db) + carry
+        out.append((int(da), int(db), carry, total % 10, total // 10))
+        carry = out[-1][-1]
+    return out
+
+
+def column_text(da, db, carry_in, digit, carry_out):
+    return (f"{da}+{db}" + "+1" * carry_in + f"={da + db + carry_in} write {digit}" + " carry 1" * carry_out)
+
+
+def steps_of(a, b):
+    """The D+1 steps of a + b as text; the last slot is the final carry, there or not."""
+    cols = columns(a, b)
+    return [column_text(*c) for c in cols] + ["carry 1 write 1" if cols[-1][-1] else "carry 0"]
+
+
+def split_of(a, b):
+    """0 train, 1 validation, 2 test (85 / 5 / 10%), by a hash of the unordered pair. a, b: integer arrays (n,).
+
+    b + a goes where a + b goes, so that the test is not answered by the commuted training problem. The hash is the
+    finalizer of splitmix64 (Steele et al. 2014).
+    """
+    a, b = np.asarray(a, dtype=np.uint64), np.asarray(b, dtype=np.uint64)
+    x = np.minimum(a, b) * np.uint64(0x9E3779B97F4A7C15) + np.maximum(a, b)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bucket = (x ^ (x >> np.uint64(31))) % np.uint64(100)
+    return np.where(bucket < 85, 0, np.where(bucket < 90, 1, 2))
+
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+
+
+def draw(rng, split, digits, n, distinct=False):
+    """n problems of one length from one split -> (n, 2) int array; `distinct`: none twice (then maybe fewer)."""
+    lo, hi = 10 ** (digits - 1), 10**digits
+    pairs = rng.integers(lo, hi, size=(40 * n + 1000, 2))
+    pairs = pairs[split_of(pairs[:, 0], pairs[:, 1]) == split]
+    if distinct:
+        pairs = pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])]
+    return pairs[:n]
+
+
+def chunks(problems):
+    """Problems (a list of (n, 2), one per length) in batches (<= 250, 2), so that memory stays bounded."""
+    return [pairs[i:i + 250] for pairs in problems for i in range(0, len(pairs), 250)]
+
+
+def rng_of(seed, *where):
+    """A generator for one purpose and step. Data is a function of (seed, purpose, step): resuming replays nothing."""
+    return np.random.default_rng([seed, *(zlib.crc32(w.encode()) if isinstance(w, str) else w for w in where)])
+
+
+class Text:
+    """Text <-> token ids: tiktoken with GPT-2's split pattern, but one token per digit.
+
+    From scratch the vocabulary is the 256 bytes, then the words of the task whole (tiktoken takes a piece that is in
+    its ranks as one token), then <|endoftext|> and the four special tokens.
+    """
+
+    # GPT-2's pattern (openai/gpt-2 encoder.py) with ` ?\p{N}` in place of ` ?\p{N}+`
+    PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+    def __init__(self, ranks=None):
+        if ranks is None:
+            corpus = " ".join([q for family in QUESTIONS.values() for q in family] + ["Layer write carry"])
+            words = sorted({w for word in re.findall(r"[A-Za-z]+", corpus) for w in (word, " " + word)})
+            pieces = [bytes([i]) for i in range(256)] + [f" {d}".encode() for d in range(10)]
+            ranks = {piece: i for i, piece in enumerate(pieces + [w.encode() for w in words if len(w) > 1])}
+        names = ("<|endoftext|>", *SPECIAL)
+        special = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.enc = tiktoken.Encoding("cocoracle", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self.eos, self.bot, self.sep, self.eot, self.act = (special[name] for name in names)
+        self.size = self.enc.n_vocab
+        self.ids = lru_cache(maxsize=4096)(lambda s: tuple(self.enc.encode(s, allowed_special="all")))
+
+    def show(self, ids):
+        """Ids up to the first <|endoftext|> (or the padding -1) as text."""
+        ids = [int(i) for i in ids]
+        end = next((n for n, i in enumerate(ids) if i in (self.eos, -1)), len(ids))
+        return self.enc.decode(ids[:end])
+
+
+class Batch(NamedTuple):
+    """Problems of one length. `*_target[t]` is the token that position t must predict, or IGNORE."""
+
+    prefix: torch.Tensor  # (B, T) problem <bot> and the text steps, padded on the left
+    valid: torch.Tensor  # (B, T) bool, False at padding
+    text_target: torch.Tensor  # (B, T') for the last T' positions of the prefix: the text steps; T' = 0 without any
+    answer: torch.Tensor  # (B, D+1 or D+2) <eot> and the answer, padded on the right
+    answer_target: torch.Tensor  # the same shape
+
+
+def make_batch(text, pairs, n_text, device="cpu"):
+    """Problems (n, 2) of one length with their first n_text steps as text -> Batch."""
+    heads, bodies, answers = [], [], []
+    for a, b in pairs.tolist():
+        heads.append((*text.ids(f"{a}+{b}="), text.bot))
+        bodies.append([i for step in steps_of(a, b)[:n_text] for i in (*text.ids(step), text.sep)])
+        answers.append((text.eot, *text.ids(str(a + b)), text.eos))
+    body, width = max(map(len, bodies)), len(heads[0]) + max(map(len, bodies))
+    prefix = np.full((len(pairs), width), text.eos)
+    valid = np.zeros((len(pairs), width), dtype=bool)
+    text_target = np.full((len(pairs), body + 1 if body else 0), IGNORE)
+    answer = np.full((len(pairs), max(map(len, answers))), text.eos)
+    target = np.full(answer.shape, IGNORE)
+    for i, (h, t, ans) in enumerate(zip(heads, bodies, answers)):
+        prefix[i, width - len(h) - len(t):] = (*h, *t)
+        valid[i, width - len(h) - len(t):] = True
+        if t:
+            text_target[i, body - len(t):body] = t  # one to the left of the tokens: position t predicts t+1
+        answer[i, :len(ans)] = ans
+        target[i, :len(ans) - 1] = ans[1:]
+    tensors = [torch.from_numpy(x).to(device) for x in (prefix, valid, text_target, answer[:, :-1], target[:, :-1])]
+    return Batch(*tensors)._replace(valid=None if valid.all() else tensors[1])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 4. GPT-2: names and layouts of the released state dict (openai/gpt-2 src/model.py)
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, y = x W + b with W stored (in, out), and room for a LoRA adapter (section 6)."""
+
+    def __init__(self, n_in, n_out, std):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_in, n_out) * std)
+        self.bias = nn.Parameter(torch.zeros(n_out))
+        self.lora_scale = 0.0
+
+    def forward(self, x):
+        y = F.linear(x, self.weight.t(), self.bias)
+        if self.lora_scale:
+            y = y + (x @ self.lora_a) @ self.lora_b * self.lora_scale
+        return y
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, std, out_std):
+        super().__init__()
+        self.c_attn = Conv1D(width, 3 * width, std)
+        self.c_proj = Conv1D(width, width, out_std)
+        self.heads = heads
+
+    def forward(self, x, past, mask):
+        """x (B, T, C); past: keys and values (B, H, S, C/H) or None; mask bool (B|1, 1, T, S+T) or None: causal."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, width, std, out_std):
+        super().__init__()
+        self.c_fc = Conv1D(width, 4 * width, std)
+        self.c_proj = Conv1D(4 * width, width, out_std)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, std, out_std):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, std, out_std)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, std, out_std)
+
+    def forward(self, x, past, mask):
+        a, kv = self.attn(self.ln_1(x), past, mask)
+        x = x + a
+        return x + self.mlp(self.ln_2(x)), kv
+
+
+class Cache(NamedTuple):
+    """What earlier calls leave to later ones."""
+
+    kv: tuple  # per layer: keys and values, each (B, H, S, C/H)
+    valid: torch.Tensor | None  # (B, S) bool: positions that may be attended to; None: all
+    pos: torch.Tensor | int  # position of the next token: (B, 1), or one for all rows
+
+
+class GPT(nn.Module):
+    def __init__(self, n_vocab, layers, heads, width, positions):
+        super().__init__()
+        # 0.018 at GPT-2's width of 768 (GPT-2: 0.02); scaled so, small widths start as well
+        std = 0.5 / math.sqrt(width)
+        out_std = std / math.sqrt(2 * layers)  # residual branches, GPT-2 section 2.3
+        self.wte = nn.Embedding(n_vocab, width)
+        self.wpe = nn.Embedding(positions, width)
+        self.h = nn.ModuleList(Block(width, heads, std, out_std) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(width)
+        nn.init.normal_(self.wte.weight, std=std)
+        nn.init.normal_(self.wpe.weight, std=std / 2)
+
+    def forward(self, x, cache=None, valid=None, read=(), inject=None):
+        """Run embeddings through the blocks, after what `cache` holds.
+
+        x (B, T, C): token embeddings or thoughts, without positions; valid (B, T) bool: False at padding (anywhere);
+        read: layers; inject: an Injection. -> hidden states after ln_f (B, T, C), the longer cache, and the residual
+        streams of the layers in `read`, (B, T, len(read), C) or None.
+        """
+        B, T, _ = x.shape
+        past = cache or Cache((None,) * len(self.h), None, 0)
+        S = 0 if cache is None else cache.kv[0][0].shape[2]
+        x, pos = self.place(x, valid, past.pos)
+        if valid is not None or past.valid is not None:
+            old = past.valid if past.valid is not None else torch.ones(B, S, dtype=torch.bool, device=x.device)
+            new = valid if valid is not None else torch.ones(B, T, dtype=torch.bool, device=x.device)
+            valid = torch.cat([old, new], dim=1)
+        kv, readings = [], []
+        mask = attention_mask(T, S, valid, x.device)
+        for layer, block in enumerate(self.h):
+            x = inject.at(layer, x) if inject else x
+            if layer in read:
+                readings.append(x)
+            x, kv_layer = block(x, past.kv[layer], mask)
+            kv.append(kv_layer)
+        x = inject.at(len(self.h), x) if inject else x
+        if len(self.h) in read:
+            readings.append(x)
+        return self.ln_f(x), Cache(tuple(kv), valid, pos), torch.stack(readings, dim=2) if readings else None
+
+    def place(self, x, valid, pos):
+        """Add position embeddings, counting real tokens only, from `pos` on. -> x, position of the next token."""
+        T = x.shape[1]
+        if valid is None and isinstance(pos, int):
+            return x + self.wpe.weight[pos:pos + T], pos + T
+        count = torch.ones_like(x[:, :, 0], dtype=torch.long) if valid is None else valid.long()
+        at = (pos + count.cumsum(1) - 1).clamp_min(0)  # (B, T); padding before the first token gets position 0
+        return x + self.wpe(at), pos + count.sum(1, keepdim=True)
+
+    def logits(self, h):
+        """Hidden states (..., C) -> logits (..., V); the head is tied to the token embedding."""
+        return F.linear(h, self.wte.weight)
+
+
+def attention_mask(T, S, valid, device):
+    """Bool (B|1, 1, T, S+T), True where query may see key; None where plain causal attention says the same.
+
+    A padding query still sees itself: a softmax over nothing would be NaN. No real query sees padding.
+    """
+    if valid is None and (S == 0 or T == 1):
+        return None
+    mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(diagonal=S)[None]
+    if valid is not None:
+        itself = torch.eye(T, dtype=torch.bool, device=device)
+        mask = mask & (valid[:, None, :] | F.pad(itself, (S, 0))[None])
+    return mask[:, None]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 5. Thinking: continuous thoughts (Coconut, section 3) and greedy writing
+
+
+def think(model, h, cache, n, read=()):
+    """n continuous thoughts: each takes the last hidden state of the position before as its input embedding.
+
+    h (B, 1, C): hidden state of the position before. -> h after the last thought, the longer cache, and readings
+    (B, n, len(read), C) or None. Gradients pass through all thoughts.
+    """
+    readings = []
+    for _ in range(n):
+        h, cache, reading = model(h, cache, read=read)
+        readings.append(reading)
+    return h, cache, torch.cat(readings, dim=1) if read and n else None
+
+
+@torch.no_grad()
+def write(model, h, cache, stop, limit, times=1):
+    """Greedy text after hidden state h (B, 1, C), until each row has written `stop` `times` times, or `limit` tokens.
+
+    -> ids (B, <= limit), -1 after a row's end; the hidden state (B, 1, C) at each row's last token; the cache.
+    """
+    left = torch.full((h.shape[0],), times, device=h.device)
+    out = []
+    for _ in range(limit):
+        alive = left > 0
+        if not alive.any():
+            break
+        token = model.logits(h[:, 0]).argmax(-1)
+        out.append(torch.where(alive, token, -1))
+        left = left - ((token == stop) & alive).long()
+        new, cache, _ = model(model.wte(token)[:, None], cache, valid=alive[:, None])
+        h = torch.where(alive[:, None, None], new, h)
+    return torch.stack(out, dim=1), h, cache
+
+
+def n_thoughts(cfg, digits, k):
+    """Stage k on D-digit problems -> (text slots, thoughts), known from the problem alone. k None: answer at once."""
+    if k is None:
+        return 0, 0
+    slots = digits + 1
+    latent = min(k, slots)
+    return slots - latent, latent * cfg.thoughts_per_slot
+
+
+@torch.no_grad()
+def solve(cfg, text, model, pairs, k, read=()):
+    """Answer problems (n, 2) of one length from the problem alone, at stage k: own text steps, thoughts, answer.
+
+    -> list of n answers (as text), readings (n, K, len(read), C) or None.
+    """
+    digits = len(str(pairs[0, 0]))
+    text_slots, thoughts = n_thoughts(cfg, digits, k)
+    batch = make_batch(text, pairs, 0, model.wte.weight.device)
+    h, cache, _ = model(model.wte(batch.prefix))
+    h = h[:, -1:]
+    if text_slots:
+        longest = len(text.ids(column_text(9, 9, 1, 9, 1))) + 1
+        _, h, cache = write(model, h, cache, text.sep, limit=text_slots * longest, times=text_slots)
+    h, cache, readings = think(model, h, cache, thoughts, read)
+    h, cache, _ = model(model.wte(batch.answer[:, :1]), cache)
+    ids, _, _ = write(model, h, cache, text.eos, limit=digits + 3)
+    return [text.show(row) if text.eos in row else text.show(row) + "..." for row in ids.tolist()], readings
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 6. Injection (Activation Oracles, section 3) and LoRA
+
+
+class Injection(NamedTuple):
+    """Readings to be added to the residual stream: h' = h + scale * ||h|| * v / ||v||, at given positions only."""
+
+    layer: int
+    vectors: torch.Tensor  # (B, A, C), one per <act> token
+    positions: torch.Tensor  # (B, A)
+    scale: float
+
+    def at(self, layer, x):
+        """x (B, T, C) with the vectors added if this is the layer, out of place."""
+        if layer != self.layer:
+            return x
+        index = self.positions[:, :, None].expand(-1, -1, x.shape[2])
+        h = x.gather(1, index)
+        unit = self.vectors / self.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        return x.scatter_add(1, index, (self.scale * h.norm(dim=-1, keepdim=True) * unit).to(x.dtype))
+
+
+def add_lora(model, rank):
+    """Freeze the model and give every block matrix an adapter W + 2 A B (LoRA, section 4.1; alpha = 2 rank).
+
+    B starts at zero, so the model is unchanged at first. -> the new parameters.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            n_in, n_out = module.weight.shape
+            like = dict(device=module.weight.device, dtype=module.weight.dtype)
+            module.lora_a = nn.Parameter(torch.randn(n_in, rank, **like) / math.sqrt(n_in))
+            module.lora_b = nn.Parameter(torch.zeros(rank, n_out, **like))
+            module.lora_scale = 2.0
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 7. Training kit
+
+
+class Run(NamedTuple):
+    """What every part needs: configuration, text, directory. Weights and figures live in the directory."""
+
+    cfg: Config
+    text: Text
+    out: Path
+
+
+def new_model(run):
+    """A freshly initialised model; the same seed gives the same weights. With --compile the blocks are compiled in
+    place, which leaves the state dict's names alone."""
+    torch.manual_seed(run.cfg.seed)
+    model = GPT(run.text.size, *SIZES[run.cfg.model], run.cfg.positions).to(run.cfg.device)
+    for block in model.h if run.cfg.compile else ():
+        block.compile(dynamic=True)
+    return model
+
+
+def load_model(run, name):
+    """A finished part's model; "lora" is the base model with its adapters. Raises WeightsError."""
+    model = new_model(run)
+    for part in ("base", "lora") if name == "lora" else (name,):
+        if part == "lora":
+            add_lora(model, run.cfg.lora_rank)
+        shapes = {k: tuple(v.shape) for k, v in model.state_dict().items() if (".lora_" in k) == (part == "lora")}
+        model.load_state_dict(read_safetensors(run.out / f"{part}.safetensors", shapes), strict=False)
+    return model
+
+
+def amp(cfg):
+    """bfloat16 matrix products where asked for; weights and optimizer stay float32."""
+    return torch.autocast(cfg.device, torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
+
+
+def write_text(path, content):
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(content)
+    os.replace(part, path)
+
+
+def record(run, **sections):
+    """Merge sections into results.json, one level deep."""
+    results = load_json(run.out / "results.json")
+    for name, section in sections.items():
+        results[name] = {**results.get(name, {}), **section}
+    write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def save_last(run, part, step, params, optimizers):
+    """last.pt: where training stands, for --resume."""
+    state = {"part": part, "step": step, "params": [p.detach() for p in params],
+             "optimizers": [o.state_dict() for o in optimizers]}
+    torch.save(state, run.out / "last.pt.tmp")
+    os.replace(run.out / "last.pt.tmp", run.out / "last.pt")
+
+
+def load_last(run, part=None, params=(), optimizers=()):
+    """With --resume: the part and step that last.pt stands at; if that is `part`, its state goes into the arguments."""
+    path = run.out / "last.pt"
+    if not run.cfg.resume or not path.exists():
+        return None, 0
+    try:
+        last = torch.load(path, map_location=run.cfg.device, weights_only=True)
+        if last["part"] == part:
+            with torch.no_grad():
+                for p, old in zip(params, last["params"], strict=True):
+                    p.copy_(old)
+            for optimizer, old in zip(optimizers, last["optimizers"], strict=True):
+                optimizer.load_state_dict(old)
+        return last["part"], last["step"]
+    except Exception as e:  # a damaged or hostile file raises nearly anything
+        raise UserError(f"{path} is no checkpoint of this run: delete it to train its part again") from e
+
+
+def make_optimizers(model, lr, muon_lr=0.0, decay=0.01):
+    """AdamW on what is trainable; with muon_lr > 0, Muon (Jordan et al. 2024) on the blocks' matrices instead.
+
+    After 500 oracle steps on the same thoughts, Muon's oracle read 0.70 of the steps, AdamW's 0.48 (validation).
+    """
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in params if muon_lr and p.ndim == 2 and name.startswith("h.")]
+    rest = [p for _, p in params if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)]
+    optimizers += [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0)] if matrices else []
+    for group in [g for o in optimizers for g in o.param_groups]:
+        group["peak"] = group["lr"]
+    return optimizers
+
+
+def fit(run, part, model, optimizers, loss_of, steps):
+    """The training loop of every part: linear warm-up over 50 steps, then linear decay to zero.
+
+    loss_of(step) -> (loss, (B,) which examples are right); its data is a function of the step.
+    """
+    cfg, begin = run.cfg, time.time()
+    params = [p for p in model.parameters() if p.requires_grad]
+    reached, first = load_last(run, part, params, optimizers)
+    first = first if reached == part else 0
+    saved = logged = begin
+    sums, count = torch.zeros(2, device=cfg.device), 0
+    for step in range(first, steps):
+        for group in [g for o in optimizers for g in o.param_groups]:
+            group["lr"] = group["peak"] * min((step + 1) / 50, 1 - step / steps)
+        with amp(cfg):
+            loss, exact = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        sums += torch.stack([loss.detach(), exact.mean()])  # stays on the device: no wait for it within the interval
+        count += 1
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+            loss_now, exact_now = (sums / count).tolist()
+            now = time.time()
+            log(run, part, step + 1, steps, loss_now, exact_now, cfg.batch_size * count / (now - logged),
+                (now - begin) / (step + 1 - first) * (steps - step - 1))
+            sums.zero_()
+            logged, count = now, 0
+        if time.time() - saved > cfg.save_every or step + 1 == steps:
+            save_last(run, part, step + 1, params, optimizers)
+            saved = time.time()
+
+
+def log(run, part, step, steps, loss, exact, speed, eta):
+    """One line on the terminal and one object in log.jsonl."""
+    print(f"{part:<11} | step {step:>5}/{steps} | loss {loss:6.4f} | exact {exact:5.3f} | {speed:7,.0f} ex/s | "
+          f"eta {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
+    with open(run.out / "log.jsonl", "a") as f:
+        f.write(json.dumps({"part": part, "step": step, "steps": steps, "loss": round(loss, 6),
+                            "exact": round(exact, 6), "examples_per_second": round(speed, 1)}) + "\n")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 8. Coconut: from text steps to thoughts
+
+
+def coconut_loss(model, batch, thoughts):
+    """Cross-entropy on what the model must write: its text steps and the answer, never the problem's digits.
+
+    -> mean loss over those tokens; (B,) 1. where the whole answer is right under teacher forcing, else 0.
+    """
+    h, cache, _ = model(model.wte(batch.prefix), valid=batch.valid)
+    _, cache, _ = think(model, h[:, -1:], cache, thoughts)
+    answer, _, _ = model(model.wte(batch.answer), cache)
+    n_text = batch.text_target.shape[1]
+    written = torch.cat([h[:, h.shape[1] - n_text:], answer], dim=1)  # logits only where they are used
+    target = torch.cat([batch.text_target, batch.answer_target], dim=1)
+    logits = model.logits(written)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE)
+    return loss, all_right(logits[:, n_text:], batch.answer_target)
+
+
+def all_right(logits, target):
+    """Rows (B,) whose every target token has the highest logit, as 0. or 1."""
+    return ((logits.argmax(-1) == target) | (target == IGNORE)).all(dim=1).float()
+
+
+def coconut_batch(run, step, k, purpose, size):
+    """The training batch of a step at stage k, and its number of thoughts: one operand length a batch."""
+    cfg = run.cfg
+    rng = rng_of(cfg.seed, purpose, step)
+    digits = int(rng.choice(cfg.digits))
+    text_slots, thoughts = n_thoughts(cfg, digits, k)
+    return make_batch(run.text, draw(rng, TRAIN, digits, size), text_slots, cfg.device), thoughts
+
+
+def stage_name(cfg, k):
+    return "all" if k == cfg.curriculum[-1] else str(k)
+
+
+def train_coconut(run):
+    """The curriculum: text, then ever more latent slots. Each stage is measured on the test split as it ends."""
+    cfg, model = run.cfg, new_model(run)
+    names = [f"coconut {stage_name(cfg, k)}" for k in cfg.curriculum]
+    reached, _ = load_last(run)
+    begin = names.index(reached) if reached in names else 0
+    for name, k in list(zip(names, cfg.curriculum))[begin:]:
+        def loss_of(step):
+            again = rng_of(cfg.seed, "mix", step).random() < cfg.mix
+            batch, thoughts = coconut_batch(run, step, 0 if again else k, name, cfg.batch_size)
+            return coconut_loss(model, batch, thoughts)
+
+        steps = {0: cfg.text_steps, cfg.curriculum[-1]: cfg.latent_steps}.get(k, k * cfg.stage_steps)
+        optimizers = make_optimizers(model, cfg.latent_lr if k else cfg.text_lr, decay=cfg.weight_decay)
+        fit(run, name, model, optimizers, loss_of, steps)
+        if k == 0:
+            write_safetensors(run.out / "base.safetensors", model.state_dict())
+        scores = coconut_scores(run, model, k)
+        print(f"{name:<11} | held-out exact match {show_rate(scores)}, teacher-forced "
+              f"{scores['teacher_forced']['exact']:.3f}", flush=True)
+        stages = load_json(run.out / "results.json").get("coconut", {}).get("stages", {})
+        record(run, coconut={"stages": {**stages, stage_name(cfg, k): scores}})
+    write_safetensors(run.out / "coconut.safetensors", model.state_dict())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 9. Oracles: read a thought's hidden state in words
+
+
+class Pool(NamedTuple):
+    """Readings of all slots of some problems, problem after problem, with what they are readings of."""
+
+    vectors: torch.Tensor  # (N, C)
+    pairs: np.ndarray  # (N, 2)
+    slot: np.ndarray  # (N,)
+    slots: np.ndarray  # (N,) number of slots of the problem
+
+    def target(self, i, family):
+        """The text that answers a question of this family about reading i."""
+        a, b = self.pairs[i].tolist()
+        if family == "step":
+            return steps_of(a, b)[self.slot[i]]
+        return str(a + b) if family == "answer" else f"{a}+{b}"
+
+
+def collect(run, model, problems):
+    """Let the model think about problems (a list of (n, 2), one per length), all slots latent -> Pool."""
+    cfg, parts = run.cfg, []
+    for pairs in problems:
+        slots = len(str(pairs[0, 0])) + 1
+        batch = make_batch(run.text, pairs, 0, cfg.device)
+        with torch.no_grad(), amp(cfg):
+            h, cache, _ = model(model.wte(batch.prefix))
+            _, _, read = think(model, h[:, -1:], cache, slots * cfg.thoughts_per_slot, read=(cfg.read_layer,))
+        read = read[:, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot, 0]  # a slot's last thought: (n, slots, C)
+        n = len(pairs)
+        parts.append(Pool(read.flatten(0, 1).float(), pairs.repeat(slots, axis=0), np.tile(np.arange(slots), n),
+                          np.full(n * slots, slots)))
+    return Pool(torch.cat([p.vectors for p in parts]), *(np.concatenate(x) for x in list(zip(*parts))[1:]))
+
+
+def reader(run, model):
+    """-> read(problems): collect(), and with --whiten each reading centred and rescaled to unit variance all ways.
+
+    Thoughts vary by orders of magnitude more along what the model uses than along the rest; injected as they are, the
+    rest is lost. ZCA (Kessy et al. 2018) is the whitening that stays closest to the residual stream's own axes. Its
+    statistics are a function of the model and of training readings alone.
+    """
+    cfg = run.cfg
+    if not cfg.whiten:
+        return lambda problems: collect(run, model, problems)
+    train = chunks(draw(rng_of(cfg.seed, "whiten", d), TRAIN, d, 1000) for d in cfg.digits)
+    x = collect(run, model, train).vectors.double()
+    variance, axes = torch.linalg.eigh(torch.cov((x - x.mean(0)).T))
+    zca = axes @ torch.diag((variance.clamp_min(0) + 1e-6 * variance.max()).rsqrt()) @ axes.T
+
+    def read(problems):
+        pool = collect(run, model, problems)  # float64: autocast leaves it alone
+        return pool._replace(vectors=((pool.vectors.double() - x.mean(0)) @ zca).float())
+
+    return read
+
+
+def prompt(cfg, question):
+    return f"Layer {cfg.read_layer}: <act> {question}"
+
+
+def oracle_rows(text, prompts, targets, device):
+    """Prompts with their targets -> ids (B, T), targets (B, T') for the last T' positions with IGNORE over the prompt,
+    <act> positions (B, 1). Built from token ids: the prompt's and the target's are joined, never their strings.
+    """
+    pairs = [(text.ids(p), (*text.ids(t), text.eos)) for p, t in zip(prompts, targets)]
+    width = max(len(p) + len(t) for p, t in pairs) - 1
+    ids, target = np.full((len(pairs), width), text.eos), np.full((len(pairs), width), IGNORE)
+    for i, (p, t) in enumerate(pairs):
+        ids[i, :len(p) + len(t) - 1] = (p + t)[:-1]
+        target[i, len(p) - 1:len(p) + len(t) - 1] = t
+    act = np.array([[p.index(text.act)] for p, _ in pairs])
+    target = np.ascontiguousarray(target[:, min(len(p) for p, _ in pairs) - 1:])
+    return tuple(torch.from_numpy(x).to(device) for x in (ids, target, act))
+
+
+def oracle_loss(cfg, model, rows, vectors):
+    """Cross-entropy of the targets given readings (B, C). -> mean loss, (B,) 1. where all is right."""
+    ids, target, act = rows
+    injection = Injection(cfg.inject_layer, vectors[:, None], act, cfg.scale)
+    h, _, _ = model(model.wte(ids), inject=injection)
+    logits = model.logits(h[:, -target.shape[1]:])
+    return (F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE),
+            all_right(logits, target))
+
+
+def oracle_batches(run, coconut, split, purpose, size):
+    """-> batch_at(step): rows and readings of fresh problems, for both oracles in the same order.
+
+    Readings are collected for some 512 problems of each length at a time, and each is asked about its step at most
+    once; a twentieth of the rows ask the last thought for the answer, a twentieth for the problem (as the seed does).
+    All rows of a batch ask a family in one phrasing: less padding.
+    """
+    cfg, n, read = run.cfg, max(512, size), reader(run, coconut)
+    per_pool = sum(n * d for d in cfg.digits) // size
+    held = {}
+
+    def batch_at(step):
+        refill = step // per_pool
+        if refill not in held:
+            held.clear()
+            rng = rng_of(cfg.seed, purpose, "pool", refill)
+            pool = read([draw(rng, split, d, n) for d in cfg.digits])
+            final = pool.slot == pool.slots - 1
+            asked = np.flatnonzero(~final | (rng.random(len(final)) < 0.5))  # two answers only: half will do
+            held[refill] = pool, rng.permutation(asked), np.flatnonzero(final)
+        pool, order, final = held[refill]
+        rng = rng_of(cfg.seed, purpose, step)
+        start = step % per_pool * size
+        index = order[start:start + size].copy()
+        families = rng.choice(list(QUESTIONS), size=len(index), p=(0.9, 0.05, 0.05))
+        whole = families != "step"
+        index[whole] = rng.choice(final, size=whole.sum())
+        asked = {family: prompt(cfg, str(rng.choice(TRAINED[family]))) for family in QUESTIONS}
+        targets = [pool.target(i, f) for i, f in zip(index, families)]
+        rows = oracle_rows(run.text, [asked[f] for f in families], targets, cfg.device)
+        return rows, pool.vectors[torch.from_numpy(index)]
+
+    return batch_at
+
+
+def train_oracle(run):
+    """Self-oracle: the Coconut model, fine-tuned to read the thoughts of its frozen former self."""
+    cfg, coconut, model = run.cfg, load_model(run, "coconut"), load_model(run, "coconut")
+    batch_at = oracle_batches(run, coconut, TRAIN, "oracle", cfg.batch_size)
+
+    def loss_of(step):
+        loss, exact = oracle_loss(cfg, model, *batch_at(step))
+        rng = rng_of(cfg.seed, "which rehearsal", step)
+        if rng.random() < cfg.rehearsal:
+            # Text CoT or thoughts, half a batch: after text alone (as in the seed) 0 of 1000 held-out problems were
+            # still solved in thoughts. Added to the oracle's loss, since every step of Muon is as large as any other.
+            k = cfg.curriculum[-1] if rng.random() < 0.5 else 0
+            batch, thoughts = coconut_batch(run, step, k, "rehearsal", math.ceil(cfg.batch_size / 2))
+            loss = loss + coconut_loss(model, batch, thoughts)[0]
+        return loss, exact
+
+    fit(run, "oracle", model, make_optimizers(model, cfg.oracle_lr, cfg.oracle_muon), loss_of, cfg.oracle_steps)
+    write_safetensors(run.out / "oracle.safetensors", model.state_dict())
+
+
+def train_lora(run):
+    """LoRA oracle: a separate, frozen base model (from scratch: the stage-0 model) with adapters, on the same data."""
+    cfg, coconut, model = run.cfg, load_model(run, "coconut"), load_model(run, "base")
+    add_lora(model, cfg.lora_rank)
+    batch_at = oracle_batches(run, coconut, TRAIN, "oracle", cfg.batch_size)
+    fit(run, "lora", model, make_optimizers(model, cfg.lora_lr),
+        lambda step: oracle_loss(cfg, model, *batch_at(step)), cfg.lora_steps)
+    adapters = {name: p for name, p in model.state_dict().items() if ".lora_" in name}
+    write_safetensors(run.out / "lora.safetensors", adapters)
+
+
+def ask(run, oracle, vectors, question):
+    """The oracle's greedy answers to one question about readings (N, C); a zero reading injects nothing."""
+    cfg, answers = run.cfg, []
+    ids = torch.tensor([run.text.ids(prompt(cfg, question))], device=cfg.device)
+    at = torch.tensor([[run.text.ids(prompt(cfg, question)).index(run.text.act)]], device=cfg.device)
+    for chunk in vectors.split(1024):
+        n = len(chunk)
+        injection = Injection(cfg.inject_layer, chunk[:, None], at.expand(n, 1), cfg.scale)
+        with torch.no_grad(), amp(cfg):
+            h, cache, _ = oracle(oracle.wte(ids.expand(n, -1)), inject=injection)
+            written, _, _ = write(oracle, h[:, -1:], cache, run.text.eos, limit=24)
+        answers += [run.text.show(row) for row in written.tolist()]
+    return answers
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 10. Probes: what a classifier of one or two layers finds in the same readings
+
+PROBED = {"a": 10, "b": 10, "carry": 2, "digit": 10, "step": 200}  # name: classes; step: both operands and carry-in
+
+
+class Probe(nn.Module):
+    """Linear (hidden = 0) or one-hidden-layer classifiers of a standardized reading (N, C), side by side."""
+
+    def __init__(self, width, hidden=0):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
+        self.net = nn.Sequential(*body, nn.Linear(hidden or width, sum(PROBED.values())))
+
+    def forward(self, x):
+        return self.net((x - self.mean) / self.std).split(list(PROBED.values()), dim=-1)
+
+
+def probe_data(read, problems):
+    """-> readings (N, C) and labels (N, 5), final slots left out: they have no operands."""
+    pool = read(problems)
+    keep = pool.slot < pool.slots - 1
+    labels = []
+    for (a, b), slot in zip(pool.pairs[keep].tolist(), pool.slot[keep]):
+        da, db, carry, digit, _ = columns(a, b)[slot]
+        labels.append((da, db, carry, digit, (da * 10 + db) * 2 + carry))
+    keep = torch.from_numpy(keep)
+    return pool.vectors[keep.to(pool.vectors.device)], torch.tensor(labels, device=pool.vectors.device)
+
+
+def probe_hits(probe, x, y):
+    """-> bool (N, 5): which labels the probe gets right."""
+    with torch.no_grad():
+        return torch.stack([part.argmax(-1) for part in probe(x)], dim=1) == y
+
+
+def fit_probe(run, hidden, train, validation):
+    """Cross-entropy on train; the epoch with the best mean validation accuracy is kept. -> Probe"""
+    cfg, (x, y) = run.cfg, train
+    torch.manual_seed(cfg.seed)
+    probe = Probe(x.shape[1], hidden).to(cfg.device)
+    probe.mean.copy_(x.mean(0))
+    probe.std.copy_(x.std(0) + 1e-6)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=3e-3 if hidden else 1e-2, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.probe_epochs)
+    best, kept = -1.0, None
+    for epoch in range(cfg.probe_epochs):
+        order = torch.from_numpy(rng_of(cfg.seed, "probe", epoch).permutation(len(x))).to(cfg.device)
+        for index in order.split(512):
+            loss = sum(F.cross_entropy(part, y[index, i]) for i, part in enumerate(probe(x[index])))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        score = probe_hits(probe, *validation).float().mean().item()
+        if score > best:
+            best, kept = score, copy.deepcopy(probe.state_dict())
+    probe.load_state_dict(kept)
+    return probe
+
+
+def train_probes(run):
+    """Linear and one-hidden-layer probes: trained on train, chosen on validation, reported once on test."""
+    cfg, read = run.cfg, reader(run, load_model(run, "coconut"))
+    sets = [probe_data(read, chunks(draw(rng_of(cfg.seed, "probes", split, d), split, d, n) for d in cfg.digits))
+            for split, n in ((TRAIN, cfg.probe_problems), (VALIDATION, 1000))]
+    test = probe_data(read, test_problems(cfg))
+    weights, scores = {}, {}
+    for kind, hidden in (("linear", 0), ("mlp", 512)):
+        probe = fit_probe(run, hidden, *sets)
+        hits = probe_hits(probe, *test).cpu().numpy()
+        scores[kind] = {name: rate(hits[:, i]) for i, name in enumerate(PROBED)}
+        weights.update({f"{kind}.{name}": p for name, p in probe.state_dict().items()})
+        print(f"probe {kind:<6}| " + " | ".join(f"{name} {scores[kind][name]['exact']:.3f}" for name in PROBED))
+    record(run, probes=scores)
+    write_safetensors(run.out / "probes.safetensors", weights)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 11. Evaluation: rates with their intervals, controls, the report
+
+
+def rate(hits):
+    """Array of bool -> {"exact", "n", "ci95"}: a share in [0, 1] with its Wilson 95% interval (Wilson 1927)."""
+    n, z = len(hits), 1.959964
+    p = float(np.mean(hits))
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return {"exact": p, "n": n, "ci95": [max(0.0, min(p, low)), min(1.0, max(p, high))]}  # p: against rounding
+
+
+def show_rate(r):
+    return f"{r['exact']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}] n={r['n']}"
+
+
+def test_problems(cfg):
+    """The held-out problems of every evaluation, distinct, in batches (<= 250, 2) of one length."""
+    n = max(2, math.ceil(cfg.eval_problems / len(cfg.digits)))  # the controls need another problem
+    return chunks(draw(rng_of(cfg.seed, "test", d), TEST, d, n, distinct=True) for d in cfg.digits)
+
+
+def coconut_scores(run, model, k):
+    """Held-out exact match at stage k, autoregressive from the problem alone -> R, with by_digits beside it, and
+    teacher_forced: gold text steps and answer prefix given, as others report it."""
+    cfg, by_digits, forced = run.cfg, {}, []
+    for pairs in test_problems(cfg):
+        digits = len(str(pairs[0, 0]))
+        text_slots, thoughts = n_thoughts(cfg, digits, k)
+        with torch.no_grad(), amp(cfg):
+            answers, _ = solve(cfg, run.text, model, pairs, k)
+            forced += coconut_loss(model, make_batch(run.text, pairs, text_slots, cfg.device), thoughts)[1].tolist()
+        by_digits.setdefault(str(digits), []).extend(s == str(a + b) for s, (a, b) in zip(answers, pairs.tolist()))
+    return {**rate(sum(by_digits.values(), [])), "teacher_forced": rate(forced),
+            "by_digits": {digits: rate(hits) for digits, hits in by_digits.items()}}
+
+
+def score_steps(said, gold, final):
+    """Lists of said and gold steps, bool array of final-carry slots -> S (see the README).
+
+    operands: both digits and the carry-in right; result: written digit and carry-out right (both without the final
+    slot, which has neither); token_f1: of the sets of white-space-separated words, as the seed counts it.
+    """
+    exact = np.array([s == g for s, g in zip(said, gold)])
+    operands = np.array([s.partition("=")[0] == g.partition("=")[0] for s, g in zip(said, gold)])
+    result = np.array([s.partition(" write ")[2] == g.partition(" write ")[2] for s, g in zip(said, gold)])
+    f1 = []
+    for s, g in zip(map(str.split, said), map(str.split, gold)):
+        f1.append(2 * len(set(s) & set(g)) / (len(set(s)) + len(set(g))))
+    inner = rate(exact[~final])
+    return {**rate(exact), "operands": float(operands[~final].mean()), "result": float(result[~final].mean()),
+            "token_f1": float(np.mean(f1)), "exact_no_final": inner["exact"], "n_no_final": inner["n"],
+            "ci95_no_final": inner["ci95"]}
+
+
+def other_reading(kind, pool, rng):
+    """Which reading each control injects in place of reading i -> index (N,).
+
+    shuffled: any other; shuffled_same_slot: same slot of another problem of the same length; wrong_slot: another slot
+    of the same problem. Cyclic shifts of a random order: no reading ever meets itself.
+    """
+    index = np.arange(len(pool.slot))
+    if kind == "wrong_slot":
+        return index - pool.slot + (pool.slot + rng.integers(1, pool.slots)) % pool.slots
+    groups = pool.slots * 100 + pool.slot if kind == "shuffled_same_slot" else np.zeros_like(index)
+    source = index.copy()
+    for group in np.unique(groups):
+        order = rng.permutation(index[groups == group])
+        source[order] = np.roll(order, 1)
+    return source
+
+
+def majorities(cfg):
+    """The most frequent training step overall, and in each (number of slots, slot): baselines that read nothing."""
+    by_slot = {}
+    for d in cfg.digits:
+        for a, b in draw(rng_of(cfg.seed, "majority", d), TRAIN, d, 5000).tolist():
+            for slot, step in enumerate(steps_of(a, b)):
+                by_slot.setdefault((d + 1, slot), Counter())[step] += 1
+    most = {key: counts.most_common(1)[0][0] for key, counts in by_slot.items()}
+    return sum(by_slot.values(), Counter()).most_common(1)[0][0], most
+
+
+def control_scores(run, oracle, pool):
+    """Step scores with the wrong vector, or with none, and of baselines that read nothing -> {name: S}."""
+    cfg, rng = run.cfg, rng_of(run.cfg.seed, "controls")
+    gold, final = [pool.target(i, "step") for i in range(len(pool.slot))], pool.slot == pool.slots - 1
+    noise = torch.from_numpy(rng.standard_normal(pool.vectors.shape)).to(pool.vectors)
+    vectors = {"none": torch.zeros_like(pool.vectors), "random": noise}  # injection matches the norm
+    for kind in ("shuffled", "shuffled_same_slot", "wrong_slot"):
+        vectors[kind] = pool.vectors[torch.from_numpy(other_reading(kind, pool, rng)).to(pool.vectors.device)]
+    question = HELD_OUT["step"]
+    scores = {kind: score_steps(ask(run, oracle, v, question), gold, final) for kind, v in vectors.items()}
+    constant, by_slot = majorities(cfg)
+    scores["constant"] = score_steps([constant] * len(gold), gold, final)
+    scores["slot_majority"] = score_steps([by_slot[key] for key in zip(pool.slots, pool.slot)], gold, final)
+    return scores
+
+
+def oracle_scores(run, oracle, pool, val_batches):
+    """All three question families in their held-out phrasing -> the oracle's section of results.json."""
+    cfg, scores = run.cfg, {}
+    last = pool.slot == pool.slots - 1
+    every = np.arange(len(last))
+    for family, index in (("step", every), ("answer", every[last]), ("problem", every[last])):
+        gold = [pool.target(i, family) for i in index]
+        said = ask(run, oracle, pool.vectors[torch.from_numpy(index)], HELD_OUT[family])
+        right = np.array([s == g for s, g in zip(said, gold)])
+        if family == "step":
+            scores["step"] = score_steps(said, gold, last)
+            scores["by_slot"] = {str(s): rate(right[pool.slot == s]) for s in np.unique(pool.slot)}
+            scores["mistakes"] = [{"problem": pool.target(i, "problem"), "slot": int(pool.slot[i]), "step": gold[i],
+                                   "read": said[i]} for i in np.flatnonzero(~right)[:5]]
+        else:
+            scores[family] = rate(right)
+    with torch.no_grad(), amp(cfg):
+        losses = [oracle_loss(cfg, oracle, *val_batches(i))[0].item() for i in range(10)]
+    scores["val_loss"] = float(np.mean(losses))
+    return scores
+
+
+def evaluate(run):
+    """Everything that is measured on the test split -> results.json."""
+    cfg = run.cfg
+    coconut, oracle, lora = (load_model(run, name) for name in ("coconut", "oracle", "lora"))
+    read = reader(run, coconut)
+    pool, val_batches = read(test_problems(cfg)), oracle_batches(run, coconut, VALIDATION, "validation", 256)
+    scores = coconut_scores(run, coconut, cfg.curriculum[-1])
+    sections = {"coconut": {"by_digits": scores["by_digits"], "teacher_forced": scores["teacher_forced"],
+                            "no_thoughts": coconut_scores(run, coconut, None)}}
+    for name, model in (("oracle", oracle), ("lora", lora)):
+        sections[name] = oracle_scores(run, model, pool, val_batches)
+        sections[name]["controls"] = control_scores(run, model, pool)
+    sections["controls"] = sections["oracle"].pop("controls")
+    sections["oracle"]["coconut_after"] = coconut_scores(run, oracle, cfg.curriculum[-1])
+    sections["oracle"]["text_after"] = coconut_scores(run, oracle, 0)
+    record(run, config=load_json(run.out / "config.json"), env=environment(cfg), **sections)
+
+
+def environment(cfg):
+    """Versions and hardware, for results.json."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+                             cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
+    device = torch.cuda.get_device_name() if cfg.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return {"torch": torch.__version__, "device": device, "git": git}
+
+
+def print_table(results):
+    """The report: every figure with n, its interval and the controls beside it."""
+    print("\ncoconut, held-out problems          exact match (95% interval)          teacher-forced")
+    for name, r in results["coconut"]["stages"].items():
+        print(f"  stage {name:<4} {show_rate(r):>46} {r['teacher_forced']['exact']:>15.3f}")
+    for digits, r in results["coconut"]["by_digits"].items():
+        print(f"  all, {digits} digits {show_rate(r):>43}")
+    print(f"  all, the answer asked for at once {show_rate(results['coconut']['no_thoughts']):>23}")
+    print(f"  all, after the oracle's training {show_rate(results['oracle']['coconut_after']):>24}")
+    print("\nreading one thought, step           exact   without final slot (95%)  operands  result      F1")
+    rows = {"self-oracle": results["oracle"]["step"], "LoRA oracle": results["lora"]["step"]}
+    for name, s in {**rows, **results["controls"]}.items():
+        lo, hi = s["ci95_no_final"]
+        print(f"  {name:<30} {s['exact']:>8.3f}   {s['exact_no_final']:.3f} [{lo:.3f}, {hi:.3f}]   "
+              f"{s['operands']:>10.3f} {s['result']:>7.3f} {s['token_f1']:>7.3f}")
+    print(f"  n = {results['oracle']['step']['n']} readings, {results['oracle']['step']['n_no_final']} "
+          "without the final slot; questions in a phrasing never trained on")
+    for name in ("oracle", "lora"):
+        print(f"  {name}: answer {show_rate(results[name]['answer'])}, problem {show_rate(results[name]['problem'])}, "
+              f"validation loss {results[name]['val_loss']:.3f}")
+    print("\nprobes (without the final slot)           " + "".join(f"{name:>8}" for name in PROBED))
+    for kind in ("linear", "mlp"):
+        print(f"  {kind:<40}" + "".join(f"{results['probes'][kind][name]['exact']:>8.3f}" for name in PROBED)
+              + f"   n={results['probes'][kind]['step']['n']}")
+    print("\nfirst mistakes of the self-oracle")
+    for m in results["oracle"]["mistakes"]:
+        print(f"  {m['problem'] + ' slot ' + str(m['slot']):<24} is {m['step']:<26} read as {m['read']}")
+    print(f"\n{results['seconds']['total']:.0f} s in all on {results['env']['device']}")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# 12. Stages and command line
+
+PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracle, "lora": train_lora,
+         "eval": evaluate}
+NEEDS = {"probes": ("coconut",), "oracle": ("coconut",), "lora": ("coconut", "base"),
+         "eval": ("coconut", "base", "probes", "oracle", "lora")}
+
+
+def check(cfg, parts):
+    """Refuse what cannot work before anything is written. Raises UserError."""
+    out = Path(cfg.out)
+
+    def done(part):
+        return (out / f"{part}.safetensors").exists()
+
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU: use --device cpu, or install a CUDA build of torch")
+    slots = max(cfg.digits) + 1
+    if 4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions:  # problem and answer, longest step and <sep>
+        raise UserError(f"{cfg.positions} positions do not hold {max(cfg.digits)} digits with {cfg.thoughts_per_slot} "
+                        "thoughts a slot: lower --digits or --thoughts-per-slot")
+    if cfg.resume and cfg.force:
+        raise UserError("--resume keeps finished parts and --force trains them again: choose one")
+    if cfg.resume and not (out / "config.json").exists():
+        raise UserError(f"--resume: there is no run in {out}: leave --resume out to start one")
+    for need in NEEDS.get(cfg.stage, ()):
+        if not done(need):
+            raise UserError(f"--stage {cfg.stage} needs {out / need}.safetensors: "
+                            f"run --stage {'coconut' if need == 'base' else need} --out {out} first")
+    measured = load_json(out / "results.json")
+    for part in ("coconut", "probes") if cfg.stage == "eval" else ():  # these are measured as they are trained
+        if part not in measured:
+            raise UserError(f"{out / 'results.json'} lacks the {part} part: restore it, or train again with --force")
+    found = [part for part in parts if done(part)] + ["last.pt"] * ("coconut" in parts and (out / "last.pt").exists())
+    if found and not cfg.resume and not cfg.force:
+        raise UserError(f"{out} already has a run ({found[0]}): --resume goes on, --force trains it again, "
+                        "another --out keeps both")
+
+
+def open_run(cfg, parts):
+    """Make the directory, clear what is to be trained again, write config.json -> Run. Raises UserError."""
+    out = Path(cfg.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not cfg.resume:
+            names = [f"{part}.safetensors" for part in ("base", *PARTS)] + ["last.pt", "results.json", "log.jsonl"]
+            for name in names if "coconut" in parts else [f"{part}.safetensors" for part in parts]:
+                (out / name).unlink(missing_ok=True)
+        knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in SESSION}
+        write_text(out / "config.json", json.dumps(knobs, indent=1) + "\n")
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another directory") from e
+    return Run(cfg, Text(), out)
+
+
+def main(argv=None):
+    cfg = parse(argv)
+    parts = list(PARTS) if cfg.stage == "all" else [cfg.stage]
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    cfg = dataclasses.replace(cfg, device=device, dtype=dtype,
+                              compile=device == "cuda" if cfg.compile is None else cfg.compile)
+    check(cfg, parts)
+    run = open_run(cfg, parts)
+    torch.set_float32_matmul_precision("high")
+    size = sum(p.numel() for p in new_model(run).parameters())
+    print(f"cocoracle {cfg.stage} | {cfg.model}, {size:,} parameters | {environment(cfg)['device']}, {cfg.dtype} | "
+          f"digits {', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}")
+    for part in parts:
+        if not (run.out / f"{part}.safetensors").exists():
+            begin = time.time()
+            PARTS[part](run)
+            record(run, seconds={part: time.time() - begin})
+    if "eval" in parts:
+        seconds = load_json(run.out / "results.json")["seconds"]
+        print_table(record(run, seconds={"total": sum(seconds[part] for part in PARTS if part in seconds)}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, WeightsError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

