@@ -114,7 +114,7 @@ class Config:
     batch_size: int = opt(64, "problems (or readings) in a training step", type=COUNT)
     text_steps: int = opt(500, "training steps of stage 0, all text", type=COUNT)
     stage_steps: int = opt(200, "training steps of stage 1; stages 2, 3 take 2, 3 times as many", type=COUNT)
-    latent_steps: int = opt(1200, "training steps of the last stage, all thoughts", type=COUNT)
+    latent_steps: int = opt(1000, "training steps of the last stage, all thoughts", type=COUNT)
     text_lr: float = opt(2e-3, "peak learning rate of stage 0", type=LEARNING_RATE)
     latent_lr: float = opt(1e-3, "peak learning rate of the later stages", type=LEARNING_RATE)
     weight_decay: float = opt(0.5, "AdamW's, in the coconut's training", type=number(float, 0))
@@ -123,15 +123,15 @@ class Config:
     read_depth: float = opt(0.5, "layer read, as a share of the depth (rounded up)", type=SHARE)
     whiten: bool = opt(True, "whiten readings before use", action=argparse.BooleanOptionalAction)
     scale: float = opt(2.0, "strength of a reading, relative to the state it is added to", type=number(float, 0))
-    oracle_steps: int = opt(4500, "training steps of the self-oracle", type=COUNT)
+    oracle_steps: int = opt(3800, "training steps of the self-oracle", type=COUNT)
     oracle_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
     oracle_muon: float = opt(0.04, "Muon's peak learning rate on its matrices; 0: AdamW on all", type=number(float, 0))
     rehearsal: float = opt(0.3, "share of its steps that repeat the coconut's own task too", type=SHARE)
-    lora_steps: int = opt(1000, "training steps of the LoRA oracle", type=COUNT)
+    lora_steps: int = opt(700, "training steps of the LoRA oracle", type=COUNT)
     lora_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
     lora_rank: int = opt(32, "rank of the adapters", type=COUNT)
     # evaluation
-    probe_problems: int = opt(40000, "training problems of each length for the probes", type=COUNT)
+    probe_problems: int = opt(20000, "training problems of each length for the probes", type=COUNT)
     probe_epochs: int = opt(8, "passes of each probe over its readings", type=COUNT)
     eval_problems: int = opt(1000, "held-out problems in an evaluation, split evenly over --digits", type=COUNT)
     log_every: int = opt(100, "training steps between log lines", type=COUNT)
@@ -349,28 +349,27 @@ class Batch(NamedTuple):
     answer_target: torch.Tensor  # the same shape
 
 
+def pad(rows, fill, left=False):
+    """Sequences of ids -> (n, longest) int array, filled up on one side."""
+    width = max(map(len, rows))
+    fills = [(fill,) * (width - len(row)) for row in rows]
+    return np.array([(*f, *row) if left else (*row, *f) for f, row in zip(fills, rows)], dtype=np.int64)
+
+
 def make_batch(text, pairs, n_text, device="cpu"):
     """Problems (n, 2) of one length with their first n_text steps as text -> Batch."""
     heads, bodies, answers = [], [], []
     for a, b in pairs.tolist():
         heads.append((*text.ids(f"{a}+{b}="), text.bot))
-        bodies.append([i for step in steps_of(a, b)[:n_text] for i in (*text.ids(step), text.sep)])
+        bodies.append(tuple(i for step in steps_of(a, b)[:n_text] for i in (*text.ids(step), text.sep)))
         answers.append((text.eot, *text.ids(str(a + b)), text.eos))
-    body, width = max(map(len, bodies)), len(heads[0]) + max(map(len, bodies))
-    prefix = np.full((len(pairs), width), text.eos)
-    valid = np.zeros((len(pairs), width), dtype=bool)
-    text_target = np.full((len(pairs), body + 1 if body else 0), IGNORE)
-    answer = np.full((len(pairs), max(map(len, answers))), text.eos)
-    target = np.full(answer.shape, IGNORE)
-    for i, (h, t, ans) in enumerate(zip(heads, bodies, answers)):
-        prefix[i, width - len(h) - len(t):] = (*h, *t)
-        valid[i, width - len(h) - len(t):] = True
-        if t:
-            text_target[i, body - len(t):body] = t  # one to the left of the tokens: position t predicts t+1
-        answer[i, :len(ans)] = ans
-        target[i, :len(ans) - 1] = ans[1:]
-    tensors = [torch.from_numpy(x).to(device) for x in (prefix, valid, text_target, answer[:, :-1], target[:, :-1])]
-    return Batch(*tensors)._replace(valid=None if valid.all() else tensors[1])
+    prefix = [head + body for head, body in zip(heads, bodies)]
+    valid = pad([(1,) * len(row) for row in prefix], 0, left=True) == 1
+    arrays = (pad(prefix, text.eos, left=True), valid,
+              pad([(*body, IGNORE) if n_text else () for body in bodies], IGNORE, left=True),
+              pad([row[:-1] for row in answers], text.eos), pad([row[1:] for row in answers], IGNORE))
+    batch = Batch(*(torch.from_numpy(x).to(device) for x in arrays))
+    return batch._replace(valid=None) if valid.all() else batch
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -885,13 +884,10 @@ def oracle_rows(text, prompts, targets, device):
     <act> positions (B, 1). Built from token ids: the prompt's and the target's are joined, never their strings.
     """
     pairs = [(text.ids(p), (*text.ids(t), text.eos)) for p, t in zip(prompts, targets)]
-    width = max(len(p) + len(t) for p, t in pairs) - 1
-    ids, target = np.full((len(pairs), width), text.eos), np.full((len(pairs), width), IGNORE)
-    for i, (p, t) in enumerate(pairs):
-        ids[i, :len(p) + len(t) - 1] = (p + t)[:-1]
-        target[i, len(p) - 1:len(p) + len(t) - 1] = t
-    act = np.array([[p.index(text.act)] for p, _ in pairs])
+    ids = pad([(p + t)[:-1] for p, t in pairs], text.eos)
+    target = pad([(IGNORE,) * (len(p) - 1) + t for p, t in pairs], IGNORE)
     target = np.ascontiguousarray(target[:, min(len(p) for p, _ in pairs) - 1:])
+    act = np.array([[p.index(text.act)] for p, _ in pairs])
     return tuple(torch.from_numpy(x).to(device) for x in (ids, target, act))
 
 
@@ -909,27 +905,27 @@ def oracle_batches(run, coconut, split, purpose, size):
     """-> batch_at(step): rows and readings of fresh problems, for both oracles in the same order.
 
     Readings are collected for some 512 problems of each length at a time, and each is asked about its step at most
-    once; a twentieth of the rows ask the last thought for the answer, a twentieth for the problem (as the seed does).
+    once; 3% of the rows ask the last thought for the answer, 3% for the problem (the seed asks these of it, too).
     All rows of a batch ask a family in one phrasing: less padding.
     """
-    cfg, n, read = run.cfg, max(512, size), reader(run, coconut)
+    cfg, n, read = run.cfg, max(512, size + size % 2), reader(run, coconut)
     per_pool = sum(n * d for d in cfg.digits) // size
-    held = {}
+
+    @lru_cache(maxsize=1)
+    def pool_at(refill):
+        rng = rng_of(cfg.seed, purpose, "pool", refill)
+        pool = read([draw(rng, split, d, n) for d in cfg.digits])
+        final = pool.slot == pool.slots - 1
+        # The first slot is read almost at once and the last has two answers: those of every other problem will do.
+        inner, number = (pool.slot > 0) & ~final, np.cumsum(pool.slot == 0)
+        return pool, rng.permutation(np.flatnonzero(inner | (number % 2 == 0))), np.flatnonzero(final)
 
     def batch_at(step):
-        refill = step // per_pool
-        if refill not in held:
-            held.clear()
-            rng = rng_of(cfg.seed, purpose, "pool", refill)
-            pool = read([draw(rng, split, d, n) for d in cfg.digits])
-            final = pool.slot == pool.slots - 1
-            asked = np.flatnonzero(~final | (rng.random(len(final)) < 0.5))  # two answers only: half will do
-            held[refill] = pool, rng.permutation(asked), np.flatnonzero(final)
-        pool, order, final = held[refill]
+        pool, order, final = pool_at(step // per_pool)
         rng = rng_of(cfg.seed, purpose, step)
         start = step % per_pool * size
         index = order[start:start + size].copy()
-        families = rng.choice(list(QUESTIONS), size=len(index), p=(0.9, 0.05, 0.05))
+        families = rng.choice(list(QUESTIONS), size=len(index), p=(0.94, 0.03, 0.03))
         whole = families != "step"
         index[whole] = rng.choice(final, size=whole.sum())
         asked = {family: prompt(cfg, str(rng.choice(TRAINED[family]))) for family in QUESTIONS}
@@ -949,10 +945,10 @@ def train_oracle(run):
         loss, exact = oracle_loss(cfg, model, *batch_at(step))
         rng = rng_of(cfg.seed, "which rehearsal", step)
         if rng.random() < cfg.rehearsal:
-            # Text CoT or thoughts, half a batch: after text alone (as in the seed) 0 of 1000 held-out problems were
-            # still solved in thoughts. Added to the oracle's loss, since every step of Muon is as large as any other.
+            # Text CoT or thoughts, a quarter of a batch: after text alone (as in the seed) 0 of 1000 held-out problems
+            # were still solved in thoughts. Added to the oracle's loss, since every step of Muon is as large as any other.
             k = cfg.curriculum[-1] if rng.random() < 0.5 else 0
-            batch, thoughts = coconut_batch(run, step, k, "rehearsal", math.ceil(cfg.batch_size / 2))
+            batch, thoughts = coconut_batch(run, step, k, "rehearsal", math.ceil(cfg.batch_size / 4))
             loss = loss + coconut_loss(model, batch, thoughts)[0]
         return loss, exact
 
