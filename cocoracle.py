@@ -945,8 +945,9 @@ def train_oracle(run):
         loss, exact = oracle_loss(cfg, model, *batch_at(step))
         rng = rng_of(cfg.seed, "which rehearsal", step)
         if rng.random() < cfg.rehearsal:
-            # Text CoT or thoughts, a quarter of a batch: after text alone (as in the seed) 0 of 1000 held-out problems
-            # were still solved in thoughts. Added to the oracle's loss, since every step of Muon is as large as any other.
+            # Text CoT or thoughts, a quarter of a batch: after text alone (as in the seed) none of 1000 held-out
+            # problems was still solved in thoughts. Added to the oracle's loss, since every step of Muon is as large
+            # as any other.
             k = cfg.curriculum[-1] if rng.random() < 0.5 else 0
             batch, thoughts = coconut_batch(run, step, k, "rehearsal", math.ceil(cfg.batch_size / 4))
             loss = loss + coconut_loss(model, batch, thoughts)[0]
