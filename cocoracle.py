@@ -365,6 +365,8 @@ def make_batch(text, pairs, n_text, device="cpu"):
         answers.append((text.eot, *text.ids(str(a + b)), text.eos))
     prefix = [head + body for head, body in zip(heads, bodies)]
     valid = pad([(1,) * len(row) for row in prefix], 0, left=True) == 1
+    # Targets stand one to the left of their tokens, since position t predicts t+1; the harness feeds what follows the
+    # last <sep>, so nothing is to be predicted there.
     arrays = (pad(prefix, text.eos, left=True), valid,
               pad([(*body, IGNORE) if n_text else () for body in bodies], IGNORE, left=True),
               pad([row[:-1] for row in answers], text.eos), pad([row[1:] for row in answers], IGNORE))
