@@ -1,7 +1,4 @@
-"""GPT-2's released files: fetch and check them, read and write safetensors, read the byte-pair encoding.
-
-Sections: Fetching / Safetensors / Byte-pair encoding. Any failure is a WeightsError. No sharded files, no 8-bit floats.
-"""
+"""GPT-2's released files: fetching, safetensors, byte-pair encoding. Any failure is a WeightsError of one line."""
 
 import base64
 import contextlib
@@ -10,6 +7,7 @@ import http.client
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
@@ -24,10 +22,8 @@ import torch
 # name -> (n_layer, n_head, n_embd), from each release's config.json
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
-
 class WeightsError(Exception):
     """A weights or tokenizer file cannot be had, read or written: one line says what is wrong and what to do."""
-
 
 @contextlib.contextmanager
 def _one_line(subject, advice: str):
@@ -35,12 +31,12 @@ def _one_line(subject, advice: str):
     try:
         yield
     except Exception as error:  # bad files raise nearly anything in json and tiktoken: RecursionError, KeyError, ...
-        raise WeightsError(f"{subject}: {str(error) or 'the contents do not fit together'}: {advice}") from error
+        # torch.load's refusal of code is long, and tells how to run the code after all.
+        reason = "more than tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())
+        raise WeightsError(f"{subject}: {reason or 'the contents do not fit together'}: {advice}") from error
 
-
-def gpt2_shapes(n_layer: int, n_embd: int, n_vocab: int = 50257, n_ctx: int = 1024) -> dict[str, tuple]:
-    """State-dict name -> shape of GPT-2. Matrices are stored (in, out), as Conv1D's; no lm_head, which is wte."""
-    C = n_embd
+def gpt2_shapes(n_layer: int, C: int, n_vocab: int = 50257, n_ctx: int = 1024) -> dict[str, tuple]:
+    """State-dict name -> shape of GPT-2 at width C. Matrices are stored (in, out), as Conv1D's; lm_head is wte."""
     shapes = {"wte.weight": (n_vocab, C), "wpe.weight": (n_ctx, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     matrices = {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
     for i in range(n_layer):
@@ -48,27 +44,24 @@ def gpt2_shapes(n_layer: int, n_embd: int, n_vocab: int = 50257, n_ctx: int = 10
             shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
     return shapes
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Fetching
-
 HUB = "https://huggingface.co/openai-community"
-FILES = ("config.json", "vocab.json", "merges.txt", "model.safetensors")  # small ones first: they fail fast
+BPE_FILES = ("merges.txt", "vocab.json")
+FILES = ("config.json", *BPE_FILES, "model.safetensors")  # small ones first: they fail fast
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each further try of one file
 
-
-def fetch(model: str) -> Path:
-    """Directory with `model`'s FILES, after downloading those that are missing; if none is, no network is touched.
+def fetch(model: str, files=FILES) -> Path:
+    """Directory with `files` of `model`, after downloading those that are missing; if none is, no network is touched.
 
     A file gets its name only when whole and checked; until then it is FILE.part, which a later call resumes.
-    COCORACLE_CACHE replaces the cache directory (~/.cache/cocoracle), COCORACLE_HUB the base address.
-    Raises WeightsError: unknown model, no network, wrong size or digest, cache not writable.
+    COCORACLE_CACHE replaces the cache directory (~/.cache/cocoracle), COCORACLE_HUB the base address. Or WeightsError.
     """
     if model not in SIZES:
         raise WeightsError(f"{model!r} is no released GPT-2: choose one of {', '.join(SIZES)}")
     cache = os.environ.get("COCORACLE_CACHE") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/cocoracle"
     directory = Path(os.path.expanduser(cache), model)
-    for name in FILES:
+    for name in files:
         url = f"{(os.environ.get('COCORACLE_HUB') or HUB).rstrip('/')}/{model}/resolve/main/{name}"
         path, part, pauses = directory / name, directory / f"{name}.part", list(PAUSES)
         while not path.is_file():
@@ -77,14 +70,12 @@ def fetch(model: str) -> Path:
                 _download(url, part)
                 os.replace(part, path)
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: the address is none
-                status = getattr(error, "code", None)
-                if status == 416:  # the part is no shorter than the file, so it is of another one
+                if (status := getattr(error, "code", None)) == 416:  # the part is not shorter: of another file
                     part.unlink(missing_ok=True)
                 if not pauses or status in (401, 403, 404):
                     raise WeightsError(f"{url} to {path}: {error}: check network/disk, or use --weights DIR") from error
                 time.sleep(pauses.pop(0))
     return directory
-
 
 def _download(url: str, part: Path) -> None:
     """One request for what `part` lacks, then the checks. A cut file stays for the next try, a wrong one goes."""
@@ -122,14 +113,11 @@ def _download(url: str, part: Path) -> None:
     # A part that an earlier run left may be of an older version: try anew. What came in one piece is wrong for good.
     raise ConnectionError(problem) if start else WeightsError(f"{url}: {problem}: try later, or use --weights DIR")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Safetensors: 8 bytes of header length N, N bytes of JSON, the tensors' bytes without holes (the package's README)
-
 # In the order in which the package lays tensors out: the widest first, so that each is aligned.
 DTYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16}
 DTYPES |= {"F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
 
 def read_safetensors(path, expected: dict[str, tuple] | None = None) -> dict[str, torch.Tensor]:
     """Tensors of a file as views of its private memory map: no copy, and writing to them leaves the file alone.
@@ -139,15 +127,14 @@ def read_safetensors(path, expected: dict[str, tuple] | None = None) -> dict[str
     Raises WeightsError for a file that is missing, malformed or not as expected.
     """
     with _one_line(path, "name another file, or fetch or copy it again"):
-        tensors = _read(path)[0]
+        tensors = _read(path)
         return tensors if expected is None else _match(tensors, expected)
 
-
-def read_metadata(path) -> dict[str, str]:
-    """The __metadata__ of a safetensors file, empty if it has none. Raises WeightsError as read_safetensors does."""
+def read_pickle(path, expected: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """A state dict saved by torch.save, as read_safetensors with `expected` reads it; no code in the file is run."""
     with _one_line(path, "name another file, or fetch or copy it again"):
-        return _read(path)[1]
-
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return _match(tensors, expected)
 
 def _match(tensors: dict, expected: dict) -> dict[str, torch.Tensor]:
     """`tensors` under exactly the names of `expected`; raises ValueError."""
@@ -163,9 +150,8 @@ def _match(tensors: dict, expected: dict) -> dict[str, torch.Tensor]:
             raise ValueError(f"tensor {name!r:.80} is {there}, expected {wanted}")
     return found
 
-
-def _read(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata) of a file; raises ValueError and others."""
+def _read(path) -> dict[str, torch.Tensor]:
+    """The tensors of a file; raises ValueError and others."""
     mapped = np.memmap(path, np.uint8, mode="c")  # "c": private, copied on writing
     length = int.from_bytes(mapped[:8].tobytes(), "little")
     if length > min(len(mapped) - 8, 100_000_000):  # bytes: the safetensors package's limit too
@@ -192,8 +178,7 @@ def _read(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     for (_, position, _), (begin, _, what) in zip(spans, spans[1:]):
         if begin != position:
             raise ValueError(f"{what} is at data byte {begin:,}, expected {position:,}: truncated, overlap or hole")
-    return tensors, metadata
-
+    return tensors
 
 def _unique(pairs: list) -> dict:
     """json.loads hook: a dict, or ValueError where a name occurs twice (json would keep the last)."""
@@ -203,7 +188,6 @@ def _unique(pairs: list) -> dict:
             raise ValueError(f"the name {name!r:.80} occurs twice")
         table[name] = value
     return table
-
 
 def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes what the safetensors package does, byte for byte; or WeightsError, and an earlier file is left alone."""
@@ -228,22 +212,39 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
             os.fsync(file.fileno())
         os.replace(temporary, path)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Byte-pair encoding
-
 # The SHA-256 that tiktoken_ext/openai_public.py publishes for r50k_base.tiktoken, GPT-2's encoding with a line a token.
 # Checking the result, and not merges.txt and vocab.json themselves, admits a vocab.json that was saved anew.
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
-
 def read_bpe(directory) -> dict[bytes, int]:
-    """GPT-2's 50,256 byte strings -> ranks, from merges.txt, vocab.json or vocab.bpe, encoder.json; or WeightsError."""
-    names = ("vocab.bpe", "encoder.json") if Path(directory, "vocab.bpe").exists() else ("merges.txt", "vocab.json")
+    """GPT-2's 50,256 byte strings -> ranks, from a directory's merges.txt and vocab.json. Raises WeightsError."""
     # Without the variable tiktoken copies the files to a temporary directory, and reads them there ever after.
-    with _one_line(f"{names} in {directory}", "use GPT-2's own"), mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
-        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*(os.path.join(directory, name) for name in names))
+    files = [os.path.join(directory, name) for name in BPE_FILES]
+    with _one_line(" and ".join(files), "use GPT-2's own"), mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files)
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
         if hashlib.sha256(b"".join(lines)).hexdigest() != RANKS_SHA256:
             raise ValueError("not GPT-2's encoding")
     return ranks
+
+def write_transformers(directory, weights: dict, config: dict, bpe=None, pattern="", special=None) -> None:
+    """A directory that transformers' from_pretrained loads; with `bpe`, a directory with the encoding's files, it has a
+    tokenizer that splits text by `pattern` and knows the `special` tokens, name -> id. Raises WeightsError."""
+    files = {"config.json": config}
+    with _one_line(directory, "free the disk or write to another directory"):
+        os.makedirs(directory, exist_ok=True)
+        if bpe:
+            merges, vocab = (Path(bpe, name).read_text(encoding="utf-8") for name in BPE_FILES)
+            level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+            split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            flags = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False) | {"special": True}
+            files["tokenizer.json"] = {
+                "added_tokens": [{"id": i, "content": name, **flags} for name, i in special.items()],
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level,
+                "model": {"type": "BPE", "vocab": json.loads(vocab), "merges": merges.splitlines()[1:]}}
+            files["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name, content in files.items():
+            Path(directory, name).write_text(json.dumps(content), encoding="utf-8")
+    write_safetensors(Path(directory, "model.safetensors"), weights, {"format": "pt"})

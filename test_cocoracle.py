@@ -40,10 +40,8 @@ HERE = Path(__file__).parent
 TEXT = co.Text()
 CFG = co.Config(device="cpu", dtype="float32", compile=False)
 
-
 def run_of(out="nowhere", **changes):
     return co.Run(replace(CFG, **changes), TEXT, Path(out))
-
 
 def tiny(seed=0, std=None):
     """A random tiny model; `std` makes the weights large enough that every part of it matters."""
@@ -54,19 +52,15 @@ def tiny(seed=0, std=None):
             torch.nn.init.normal_(p, std=std)
     return model
 
-
 def pairs_of(*problems):
     return np.array(problems)
-
 
 def cli(*args, cwd=None):
     return subprocess.run([sys.executable, str(HERE / "cocoracle.py"), *map(str, args)], capture_output=True,
                           text=True, cwd=cwd or HERE, check=False, timeout=300)
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Configuration: bad input
-
 
 @pytest.mark.parametrize("args, says", [
     (["--stage", "everything"], "--stage"),
@@ -97,7 +91,6 @@ def test_bad_command_line(tmp_path, args, says):
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
     assert list(tmp_path.iterdir()) == []
 
-
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/cocoracle"])
 def test_out_that_cannot_be_written(tmp_path, where):
     """An --out that is or lies under a file, or on a system directory, is refused in one line."""
@@ -105,7 +98,6 @@ def test_out_that_cannot_be_written(tmp_path, where):
     done = cli("--out", where, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "choose another" in done.stderr
     assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
-
 
 def test_flags_are_documented_and_work():
     """Every field of Config is a flag with a help line, and a value given there arrives."""
@@ -118,10 +110,8 @@ def test_flags_are_documented_and_work():
     assert co.parse(["--model", "gpt2-large"]).text_lr == co.LARGE["text_lr"]
     assert co.parse(["--model", "gpt2-large", "--text-lr", "3e-4"]).text_lr == 3e-4
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Arithmetic and text
-
 
 @given(st.integers(2, 8).flatmap(lambda d: st.tuples(*[st.integers(10 ** (d - 1), 10**d - 1)] * 2)))
 @settings(max_examples=300, deadline=None)
@@ -144,12 +134,10 @@ def test_steps_agree_with_an_independent_adder(pair):
     assert steps[-1] == ("carry 1 write 1" if carry else "carry 0")
     assert int("1" * carry + written) == a + b
 
-
 def test_steps_have_the_seeds_wording():
     """The worked example of the documentation, word for word."""
     assert co.steps_of(347, 285) == ["7+5=12 write 2 carry 1", "4+8+1=13 write 3 carry 1", "3+2+1=6 write 6",
                                      "carry 0"]
-
 
 def test_splits_are_disjoint():
     """Every 2-digit pair has one split for good, whichever way round; draws of a split stay in it; shares are right."""
@@ -164,21 +152,18 @@ def test_splits_are_disjoint():
         drawn.append({tuple(sorted(p)) for p in pairs.tolist()})
     assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
 
-
 def test_split_hash_is_frozen():
     """The hash never changes: a changed one would leak test problems into the training of runs that exist."""
     a = np.arange(100, 140)
     assert "".join(map(str, co.split_of(a, a[::-1] * 7))) == "0001000001000200100010010000000000000000"
 
-
 def test_evaluation_problems_are_distinct_and_held_out():
     """The problems of every evaluation are all different, of the lengths asked for, and from the test split."""
-    problems = co.test_problems(replace(CFG, digits=(2, 3, 4)))
+    problems = co.test_problems(run_of(digits=(2, 3, 4)))
     assert all(len(p) <= 250 and len({len(str(x)) for x in p.ravel()}) == 1 for p in problems)
     pairs = np.concatenate(problems)
     assert len({tuple(p) for p in pairs.tolist()}) == len(pairs) == 3 * 334
     assert (co.split_of(*pairs.T) == co.TEST).all()
-
 
 def test_all_training_data_is_from_the_training_split(monkeypatch):
     """What the coconut, oracles, probes and baselines learn from is drawn from the training split alone."""
@@ -187,7 +172,7 @@ def test_all_training_data_is_from_the_training_split(monkeypatch):
     run = run_of()
     co.coconut_batch(run, 0, 2, "coconut 2", 8)
     co.oracle_batches(run, tiny(), co.TRAIN, "oracle", 64)(0)
-    co.majorities(CFG)
+    co.majorities(run_of())
     assert len(seen) >= 7 and set(seen) == {co.TRAIN}
     seen.clear()
     monkeypatch.setattr(co, "load_model", lambda run, name: tiny())
@@ -202,7 +187,6 @@ def test_all_training_data_is_from_the_training_split(monkeypatch):
     with pytest.raises(InterruptedError):
         co.train_probes(run)
 
-
 def test_one_token_per_digit_and_per_word():
     """A step is one token per digit, sign and word, with or without a space before; specials are single tokens."""
     assert [TEXT.enc.decode([i]) for i in TEXT.ids("7+5=12 write 2 carry 1")] == \
@@ -214,7 +198,6 @@ def test_one_token_per_digit_and_per_word():
             assert len(TEXT.ids(" " + question)) == len(question.split()) + 1  # the mark at the end
     assert TEXT.enc.decode(list(TEXT.ids("naïve ≠ 12"))) == "naïve ≠ 12"
 
-
 def test_every_word_of_a_held_out_phrasing_is_trained_on():
     """A held-out phrasing is a new sentence of known words, and is not among those trained on."""
     for family, asked in co.TRAINED.items():
@@ -222,7 +205,6 @@ def test_every_word_of_a_held_out_phrasing_is_trained_on():
         assert {w.strip("?.") for w in co.HELD_OUT[family].split()} <= known
         assert co.HELD_OUT[family] not in asked and co.HELD_OUT[family] in co.QUESTIONS[family] and len(asked) > 3
     assert "What is the intermediate calculation at this reasoning step?" in co.TRAINED["step"]
-
 
 def test_batch_targets_are_what_the_model_must_write():
     """Targets are the text steps, each with <sep>, and the answer with its end token; the problem is never one."""
@@ -243,18 +225,16 @@ def test_batch_targets_are_what_the_model_must_write():
             assert target == (inputs[t + 1] if t + 1 < width and target != co.IGNORE else co.IGNORE)
         assert batch.answer[i, 0] == TEXT.eot
 
-
 def test_number_of_thoughts_does_not_tell_the_answers_length():
     """A problem with a final carry and one without have the same number of slots."""
     assert len(co.steps_of(999, 999)) == len(co.steps_of(100, 200)) == 4
-    assert co.n_thoughts(CFG, 3, 4) == (0, 4) and co.n_thoughts(CFG, 3, 2) == (2, 2)
-    assert co.n_thoughts(replace(CFG, thoughts_per_slot=2), 2, 4) == (0, 6)
+    for pairs in (pairs_of((999, 999)), pairs_of((100, 200))):
+        assert co.n_thoughts(CFG, TEXT, pairs, 4) == (0, 4) and co.n_thoughts(CFG, TEXT, pairs, 2) == (2, 2)
+    assert co.n_thoughts(replace(CFG, thoughts_per_slot=2), TEXT, pairs_of((10, 10)), 4) == (0, 6)
     assert CFG.curriculum == [0, 1, 2, 3, 4] and replace(CFG, digits=(2,)).curriculum == [0, 1, 2, 3]
-
 
 # -----------------------------------------------------------------------------------------------------------
 # GPT-2
-
 
 @pytest.mark.parametrize("layers, heads, width, vocab", [(3, 4, 96, 339), (2, 12, 768, 50257)])
 def test_logits_equal_transformers(layers, heads, width, vocab):
@@ -278,7 +258,6 @@ def test_logits_equal_transformers(layers, heads, width, vocab):
     for i, state in enumerate((states[0], states[1], theirs_before_norm)):
         assert (readings[:, :, i] - state).abs().max() < 1e-4
 
-
 def test_cached_equals_uncached():
     """One call, calls of any split, and a token at a time give the same hidden states."""
     model = tiny(std=0.1)
@@ -292,7 +271,6 @@ def test_cached_equals_uncached():
                 parts.append(h)
                 at += n
             assert (torch.cat(parts, 1) - whole).abs().max() < 1e-5
-
 
 def test_padding_anywhere_changes_nothing():
     """Rows padded on the left, or with holes, equal the same rows without padding, also after a cache and thoughts."""
@@ -313,7 +291,6 @@ def test_padding_anywhere_changes_nothing():
             ep, _, _ = model(after, cp)
             assert (lp - last).abs().max() < 1e-5 and (ep - end).abs().max() < 1e-5
 
-
 def test_no_key_after_a_query_is_seen():
     """Changing a later input leaves earlier states as they were, with and without a cache."""
     model = tiny(std=0.1)
@@ -325,7 +302,6 @@ def test_no_key_after_a_query_is_seen():
         for a, b in ((model(x), model(y)), (model(x[:, 3:], cache), model(y[:, 3:], cache))):
             same = a[0].shape[1] - 3
             assert torch.equal(a[0][:, :same], b[0][:, :same]) and not torch.equal(a[0][:, same:], b[0][:, same:])
-
 
 def test_compiled_and_bf16_agree_with_eager_fp32():
     """Compiled blocks equal eager ones (1e-4); bfloat16 matrix products stay within 5% of the states' size."""
@@ -350,10 +326,8 @@ def test_compiled_and_bf16_agree_with_eager_fp32():
     assert abs(loss_c - loss) < 1e-4 and (compiled.h[0].mlp.c_fc.weight.grad - grad).abs().max() < 1e-4
     assert list(compiled.state_dict()) == list(model.state_dict())
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Thinking
-
 
 def test_no_thoughts_is_the_plain_forward():
     """With 0 thoughts the loop changes nothing: prefix, then answer, equals one pass over both."""
@@ -366,7 +340,6 @@ def test_no_thoughts_is_the_plain_forward():
         whole, _, _ = model(model.wte(torch.cat([batch.prefix, batch.answer], 1)))
     assert readings is None and torch.equal(last, h[:, -1:])
     assert (torch.cat([h, answer], 1) - whole).abs().max() < 1e-5
-
 
 def test_thoughts_are_the_last_hidden_state_fed_back():
     """The loop equals its definition: append the last state after ln_f to the inputs and run all again, uncached."""
@@ -382,7 +355,6 @@ def test_thoughts_are_the_last_hidden_state_fed_back():
             assert (readings[:, t] - streams[:, -1]).abs().max() < 1e-4
     assert (last - expected[:, -1:]).abs().max() < 1e-4 and cache.kv[0][0].shape[2] == 8
 
-
 def test_gradient_reaches_the_first_thought(monkeypatch):
     """The training loss has a gradient at every state that is fed back, the first one from the prefix included."""
     model, fed, real = tiny(std=0.1), [], co.GPT.forward
@@ -397,7 +369,6 @@ def test_gradient_reaches_the_first_thought(monkeypatch):
     loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0), 4)
     loss.backward()
     assert len(fed) == 4 and all(x.grad_fn is not None and x.grad.abs().max() > 1e-6 for x in fed)
-
 
 def test_writing_in_a_batch_equals_writing_alone():
     """Rows that stop at different times write what they write alone, and think on from the same state."""
@@ -422,7 +393,6 @@ def test_writing_in_a_batch_equals_writing_alone():
             assert row.tolist() == alone[0].tolist()
             assert (state[i] - alone_state[0]).abs().max() < 1e-4
 
-
 def test_solving_uses_the_problem_alone(monkeypatch):
     """Autoregressive answering never sees the gold steps or answer: with both scrambled it is fed the same tokens."""
     model, pairs, fed, real = tiny(std=0.1), pairs_of((47, 85), (91, 23)), [], co.make_batch
@@ -443,16 +413,14 @@ def test_solving_uses_the_problem_alone(monkeypatch):
     monkeypatch.setattr(co, "make_batch", scrambled)
     assert tokens_fed() == before and len(before) > 6
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Injection and LoRA
-
 
 def test_injection_is_the_formula_at_act_alone():
     """h' = h + scale ||h|| v/||v|| at <act>, to the letter; earlier positions are untouched, later ones change."""
     model = tiny(std=0.1)
     x, v, at = torch.randn(2, 9, 96), torch.randn(2, 1, 96), torch.tensor([[3], [5]])
-    for layer in (0, 1, 3):
+    for layer in (0, 1, 2):
         injection = co.Injection(layer, v, at, 2.0)
         with torch.no_grad():
             plain, _, before = model(x, read=(layer,))
@@ -465,8 +433,7 @@ def test_injection_is_the_formula_at_act_alone():
             assert torch.equal(after[row, others], before[row, others])
             assert torch.equal(changed[row, :p], plain[row, :p])
             assert not torch.allclose(changed[row, p], plain[row, p], atol=1e-3)
-            assert torch.allclose(changed[row, p + 1], plain[row, p + 1]) == (layer == 3)
-
+            assert not torch.allclose(changed[row, p + 1], plain[row, p + 1], atol=1e-4)
 
 def test_injection_is_out_of_place_and_norm_matched():
     """The input keeps its values, a vector's length does not matter, and a zero vector injects nothing."""
@@ -475,7 +442,6 @@ def test_injection_is_out_of_place_and_norm_matched():
     long, short = (co.Injection(0, s * v, at, 2.0).at(0, x) for s in (100.0, 0.01))
     assert torch.equal(x, kept) and torch.allclose(long, short, atol=1e-5)
     assert torch.equal(co.Injection(0, 0 * v, at, 2.0).at(0, x), x)
-
 
 def test_lora_starts_as_the_identity_and_trains_alone():
     """With B zero the model is unchanged; only the adapters, one pair for each block matrix, are trainable."""
@@ -497,10 +463,8 @@ def test_lora_starts_as_the_identity_and_trains_alone():
     merged = layer.weight + 2 * layer.lora_a @ layer.lora_b
     assert torch.allclose(layer(x), x @ merged + layer.bias, atol=1e-4)
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Coconut and oracles
-
 
 def test_loss_counts_only_what_is_written():
     """The loss is the mean over text steps and answer, as computed token by token without cache or padding."""
@@ -519,7 +483,6 @@ def test_loss_counts_only_what_is_written():
                 terms.append(-logp[t, ids[0, t + 1]].item())
     assert abs(loss.item() - np.mean(terms)) < 1e-4
 
-
 def test_oracle_labels_mask_exactly_the_prompt():
     """Targets are the answer and its end token, from the last prompt token on; the prompt is never one."""
     prompts = [co.prompt(CFG, q) for q in co.QUESTIONS["step"][:2]]
@@ -533,7 +496,6 @@ def test_oracle_labels_mask_exactly_the_prompt():
         assert TEXT.enc.decode(ids[i, n:n + t].tolist()) == answer
         assert (target[i, :n - 1] == co.IGNORE).all() and (target[i, n + t:] == co.IGNORE).all()
         assert TEXT.enc.decode(target[i, n - 1:n + t].tolist()) == answer + "<|endoftext|>"
-
 
 def test_readings_belong_to_their_slot():
     """collect() gives, for each problem and slot, the stream that solve() reads there, and the right targets."""
@@ -549,10 +511,9 @@ def test_readings_belong_to_their_slot():
         _, readings = co.solve(run.cfg, TEXT, model, pairs, 4, read=layer)
         assert (readings[0, 1::2, 0] - pool.vectors[rows]).abs().max() < 1e-5
 
-
 def test_whitened_readings_are_the_same_readings():
     """Whitening centres readings and gives them unit covariance, row by row: no reading moves to another thought."""
-    model, problems = tiny(std=0.1), co.test_problems(CFG)
+    model, problems = tiny(std=0.1), co.test_problems(run_of())
     raw, read = co.collect(run_of(), model, problems), co.reader(run_of(), model)
     white = read(problems).vectors.double()
     x = torch.cat([raw.vectors.double(), torch.ones(len(white), 1)], 1)
@@ -567,7 +528,6 @@ def test_whitened_readings_are_the_same_readings():
     assert (alone - white[row:row + 4]).abs().max() < 1e-2
     unwhitened = co.reader(run_of(whiten=False), model)(problems)
     assert torch.equal(unwhitened.vectors, raw.vectors)
-
 
 def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
     """In a training batch the injected vector is the reading of the very thought whose step is the target."""
@@ -592,7 +552,6 @@ def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
         assert text == pool["pool"].target(match, family)
     assert "step" in families and len(families) > 1
 
-
 def test_oracle_answers_depend_on_the_reading_alone():
     """ask() gives the same answers alone and in any order, and no injection for a zero reading."""
     run, model = run_of(), tiny(std=0.12)
@@ -606,7 +565,6 @@ def test_oracle_answers_depend_on_the_reading_alone():
         h, cache, _ = model(model.wte(ids))
         plain, _, _ = co.write(model, h[:, -1:], cache, TEXT.eos, limit=24)
     assert co.ask(run, model, torch.zeros(1, 96), question) == [TEXT.show(plain[0])]
-
 
 def test_training_and_asking_inject_alike(monkeypatch):
     """The logits that the oracle's loss sees are those that it writes from, and follow the formula at --scale."""
@@ -625,10 +583,8 @@ def test_training_and_asking_inject_alike(monkeypatch):
     assert (seen[0] - expected[0, first:]).abs().max() < 1e-5
     assert (model.logits(written[0])[0, 0] - expected[0, first]).abs().max() < 1e-5
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Evaluation
-
 
 @pytest.mark.parametrize("hits, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634),
                                                 (81, 263, 0.2553, 0.3662)])
@@ -638,11 +594,10 @@ def test_wilson_interval(hits, n, low, high):
     assert r["n"] == n and abs(r["exact"] - hits / n) < 1e-12
     assert abs(r["ci95"][0] - low) < 1e-4 and abs(r["ci95"][1] - high) < 1e-4
 
-
 @pytest.mark.parametrize("kind", ["shuffled", "shuffled_same_slot", "wrong_slot"])
 def test_controls_use_the_wrong_vectors(kind):
     """No control ever injects the right reading; each keeps, and changes, what its name says."""
-    problems = co.test_problems(replace(CFG, eval_problems=100))
+    problems = co.test_problems(run_of(eval_problems=100))
     pool = co.collect(run_of(), tiny(), problems)
     index = co.other_reading(kind, pool, np.random.default_rng(0))
     same_problem = (pool.pairs == pool.pairs[index]).all(axis=1)
@@ -655,11 +610,10 @@ def test_controls_use_the_wrong_vectors(kind):
     if kind == "wrong_slot":
         assert same_problem.all() and len(np.unique(index - np.arange(len(index)))) > 3
 
-
 def test_controls_really_change_what_the_oracle_is_given(monkeypatch):
     """control_scores asks with the vectors of its name, all different from the true readings."""
     run, model, asked = run_of(), tiny(), []
-    pool = co.collect(run, model, co.test_problems(replace(CFG, eval_problems=20)))
+    pool = co.collect(run, model, co.test_problems(run_of(eval_problems=20)))
     gold = [pool.target(i, "step") for i in range(len(pool.slot))]
     monkeypatch.setattr(co, "ask", lambda run, oracle, v, q: asked.append((v, q)) or gold)
     scores = co.control_scores(run, model, pool)
@@ -670,7 +624,6 @@ def test_controls_really_change_what_the_oracle_is_given(monkeypatch):
     for v, _ in asked[1:]:
         assert v.shape == pool.vectors.shape and ((v - pool.vectors).abs().max(dim=1).values > 0).all()
     assert scores["constant"]["exact"] < 0.3 and scores["slot_majority"]["exact_no_final"] < 0.1
-
 
 def test_step_scores():
     """Operands, result, F1 and the final slot are counted apart, on a case worked by hand."""
@@ -683,7 +636,6 @@ def test_step_scores():
     f1 = [1, 2 * 4 / (5 + 5), 2 * 2 / (3 + 3), 1]
     assert abs(s["token_f1"] - np.mean(f1)) < 1e-9
 
-
 def test_probes_find_what_is_linear_there():
     """A probe reads linearly coded labels, does not read noise, and is chosen without the test set."""
     rng = np.random.default_rng(0)
@@ -694,18 +646,15 @@ def test_probes_find_what_is_linear_there():
     hits = co.probe_hits(probe, code[2500:], y[2500:]).float().mean(0)
     assert hits[0] > 0.99 and hits[1] < 0.2 and hits[4] < 0.05
 
-
 # -----------------------------------------------------------------------------------------------------------
 # The whole program
 
 MINI = ["--text-steps", 6, "--stage-steps", 3, "--latent-steps", 4, "--oracle-steps", 6, "--lora-steps", 4,
         "--probe-epochs", 2, "--probe-problems", 200, "--eval-problems", 24, "--batch-size", 8, "--log-every", 2]
 
-
 def numbers(results):
     """results.json without its times."""
     return {k: v for k, v in results.items() if k not in ("seconds", "env")}
-
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory):
@@ -713,7 +662,6 @@ def mini(tmp_path_factory):
     done = cli(*MINI, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
-
 
 def test_whole_run_in_miniature(mini):
     """`--stage all` leaves every file and every figure of the design, with n and interval beside each rate."""
@@ -745,7 +693,6 @@ def test_whole_run_in_miniature(mini):
                                                 "oracle", "lora"}
     assert "self-oracle" in printed and "slot_majority" in printed and "mistakes" in printed
 
-
 def test_same_arguments_give_the_same_run(mini, tmp_path):
     """Two runs with the same arguments agree bit for bit in weights and figures, times apart; another seed does not."""
     out, _ = mini
@@ -757,7 +704,6 @@ def test_same_arguments_give_the_same_run(mini, tmp_path):
     assert first == second
     assert cli(*MINI, "--stage", "coconut", "--seed", 1, "--out", tmp_path / "other").returncode == 0
     assert (tmp_path / "other/coconut.safetensors").read_bytes() != (out / "coconut.safetensors").read_bytes()
-
 
 def test_a_finished_run_is_not_overwritten(mini):
     """Without --resume or --force a finished part is left alone, with one line that says what to do."""
@@ -773,7 +719,6 @@ def test_a_finished_run_is_not_overwritten(mini):
     r = json.loads((out / "results.json").read_text())
     assert numbers(r)["oracle"] == json.loads(before["results.json"])["oracle"]
 
-
 def test_damaged_files_of_a_run_are_refused(mini, tmp_path):
     """A damaged config.json, results.json, last.pt or weights file ends in one line and exit code 2, no traceback."""
     out, _ = mini
@@ -788,7 +733,6 @@ def test_damaged_files_of_a_run_are_refused(mini, tmp_path):
         done = cli("--stage", "lora", "--resume", "--out", copy_)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr, (name, done.stderr)
 
-
 def test_a_new_run_takes_its_own_recipe(mini):
     """--force over a run of another size or flags inherits nothing from it; a later part inherits everything."""
     out, _ = mini
@@ -798,14 +742,12 @@ def test_a_new_run_takes_its_own_recipe(mini):
     assert later.text_steps == 6 and later.eval_problems == 24
     assert co.parse(["--stage", "oracle", "--oracle-lr", "0.5", "--out", str(out)]).oracle_lr == 0.5
 
-
 def test_a_batch_larger_than_the_pool_and_a_mixed_curriculum(tmp_path):
     """Unusual but valid flags work: batches of over 512 readings, two thoughts a slot, mixed text, --force."""
     args = ["--stage", "coconut", *MINI, "--mix", 0.5, "--thoughts-per-slot", 2, "--digits", "2-4", "--out", tmp_path]
     assert cli(*args).returncode == 0 and cli(*args, "--force").returncode == 0
     batch_at = co.oracle_batches(run_of(), tiny(), co.TRAIN, "oracle", 3000)
     assert batch_at(0)[1].shape == (3000, 96) and batch_at(1)[1].shape == (3000, 96)
-
 
 def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
     """A run that dies in the middle of a stage, resumed, ends with the weights of one that never stopped."""
@@ -826,7 +768,6 @@ def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
     first.pop("config"), second.pop("config")  # --save-every differs
     assert first == second
 
-
 def test_training_learns(tmp_path):
     """Text chain of thought is learnt in two hundred and fifty steps: teacher-forced answers go from none to most."""
     run = run_of(tmp_path, text_steps=250, log_every=250)
@@ -837,17 +778,311 @@ def test_training_learns(tmp_path):
         return co.coconut_loss(model, batch, thoughts)
 
     co.fit(run, "coconut 0", model, co.make_optimizers(model, CFG.text_lr), loss_of, 250)
-    batch = co.make_batch(TEXT, co.test_problems(CFG)[0], 3)
+    batch = co.make_batch(TEXT, co.test_problems(run_of())[0], 3)
     with torch.no_grad():
         loss, right = co.coconut_loss(model, batch, 0)
     assert right.mean() > 0.8 and loss < 0.4
 
+# -----------------------------------------------------------------------------------------------------------
+# Released weights, export, and the seed's checkpoints
+
+LONG = pytest.mark.skipif("COCORACLE_LONG" not in os.environ, reason="minutes long: make parity")
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """-> files(model): a directory as released: random weights saved by transformers, GPT-2's own encoding."""
+    import transformers
+
+    def files(model, size="real"):
+        directory = tmp_path_factory.getbasetemp() / f"released-{model}-{size}"
+        if not directory.exists():
+            layers, heads, width = co.SIZES[model]
+            torch.manual_seed(0)
+            config = transformers.GPT2Config(n_layer=layers, n_head=heads, n_embd=width)
+            theirs = transformers.GPT2LMHeadModel(config)
+            for p in theirs.parameters():  # norms and biases that matter
+                p.data += torch.randn_like(p) * 0.01
+            theirs.transformer.save_pretrained(directory)
+            shutil.copy(BPE / "vocab.bpe", directory / "merges.txt")
+            shutil.copy(BPE / "encoder.json", directory / "vocab.json")
+        return directory
+
+    return files
+
+def released_run(directory, out, model="gpt2", **changes):
+    cfg = replace(CFG, model=model, weights=str(directory), out=str(out), **changes)
+    return co.Run(cfg, co.Text(gw.read_bpe(directory), cfg.protocol == "seed"), Path(out))
+
+def peak_bytes(code, *args):
+    """Most memory that a fresh process running this code ever held."""
+    code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd=HERE,
+                          check=True)
+    return int(done.stdout.split()[-1])
+
+def check_parity(directory, model):
+    """Logits, greedy text and memory of a model read from a release, against transformers' reading of it."""
+    import transformers
+
+    run = released_run(directory, "nowhere", model)
+    ours = co.load_model(run, "base")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(directory).eval()
+    ids = torch.randint(50257, (2, 40))
+    with torch.no_grad():
+        logits = theirs(ids).logits
+        h, cache, _ = ours(ours.wte(ids))
+        assert (ours.logits(h)[..., :50257] - logits).abs().max() < 1e-3
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = ours.logits(ours(ours.wte(ids))[0])[..., :50257].float()
+        # bfloat16 keeps 8 bits: within 5% of the logits' own spread, root mean square
+        assert (rough - logits).pow(2).mean().sqrt() < 0.05 * logits.std()
+        greedy = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False,
+                                 eos_token_id=-1, pad_token_id=0)
+        ours.wte.weight[50257:] = 0  # as in a model that has no such tokens: their logits are 0, not the highest
+        written, _, _ = co.write(ours, h[:, -1:], cache, stop=-1, limit=32)
+    assert written.tolist() == greedy[:, 40:].tolist()
+    size = (directory / "model.safetensors").stat().st_size
+    code = "import sys, cocoracle as co, gpt2_weights as gw\nfrom dataclasses import replace\n" \
+           "from pathlib import Path\n" \
+           "cfg = replace(co.Config(), model=sys.argv[2], weights=sys.argv[1], device='cpu', compile=False)\n" \
+           "run = co.Run(cfg, co.Text(gw.read_bpe(sys.argv[1])), Path('nowhere'))\n"
+    load = "model = co.load_model(run, 'base')\nsum(p.sum() for p in model.parameters())"  # touches every page
+    assert peak_bytes(code + load, directory, model) - peak_bytes(code, directory, model) < 1.3 * size
+
+def test_released_gpt2_equals_transformers(released):
+    """GPT-2 small, read from released files: logits within 1e-3, the same 32 greedy tokens, 1.3 times its memory."""
+    check_parity(released("gpt2"), "gpt2")
+
+@LONG
+def test_released_gpt2_large_equals_transformers(released):
+    """The same at the size of GPT-2 large."""
+    check_parity(released("gpt2-large"), "gpt2-large")
+
+def test_released_vocabulary(released):
+    """With GPT-2's encoding digits are single tokens, words as in transformers; new rows are copies of known ones."""
+    import transformers
+
+    directory = released("gpt2")
+    run = released_run(directory, "nowhere")
+    text = run.text
+    assert (text.eos, text.bot, text.sep, text.eot, text.act, text.size) == (50256, 50257, 50258, 50259, 50260, 50261)
+    assert [text.enc.decode([i]) for i in text.ids("347+285=<bot>12 write 2")] == \
+        [*"347+285=", "<bot>", "1", "2", " write", " 2"]
+    theirs = transformers.GPT2Tokenizer(vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"))
+    for question in sum(co.QUESTIONS.values(), []):
+        assert list(text.ids(question)) == theirs(question)["input_ids"]
+    wte = co.load_model(run, "base").wte.weight
+    for row, token in zip(range(50257, 50261), co.SPECIAL.values()):
+        (known,) = theirs(token)["input_ids"]
+        assert torch.equal(wte[row], wte[known]) and wte[row].any()
+
+PRETRAINED = ["--text-steps", 1, "--stage-steps", 1, "--latent-steps", 1, "--oracle-steps", 1, "--lora-steps", 1,
+              "--probe-epochs", 1, "--probe-problems", 20, "--eval-problems", 4, "--batch-size", 2, "--digits", 2,
+              "--no-whiten"]
+
+@pytest.mark.parametrize("size", ["narrow", pytest.param("real", marks=LONG)])
+def test_whole_run_from_released_weights(released, tmp_path, monkeypatch, capsys, size):
+    """`--stage all --model gpt2 --weights DIR` trains, reads, measures and exports with released files and the real
+    encoding; transformers loads what it exports as it is: same logits, same ids, adapters merged."""
+    import transformers
+
+    if size == "narrow":
+        monkeypatch.setitem(co.SIZES, "gpt2", (2, 2, 32))
+    directory, out = released("gpt2", size), tmp_path / "run"
+    args = ["--model", "gpt2", "--weights", directory, "--out", out, "--device", "cpu"]
+    co.main(list(map(str, [*PRETRAINED, *args])))
+    assert "self-oracle" in capsys.readouterr().out
+    assert not (out / "base.safetensors").exists()
+    co.main(list(map(str, ["--stage", "export", *args])))
+    assert capsys.readouterr().out.count("exported") == 3
+    run = released_run(directory, out, lora_rank=32)
+    ids = torch.tensor([run.text.ids("347+285=<bot>7+5=12 write 2<sep><eot>632<|endoftext|>")])
+    for name in ("coconut", "oracle", "lora"):
+        ours, theirs = co.load_model(run, name), transformers.GPT2LMHeadModel.from_pretrained(out / "export" / name)
+        with torch.no_grad():
+            assert (ours.logits(ours(ours.wte(ids))[0]) - theirs(ids).logits).abs().max() < 1e-3
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out / "export" / name)
+        for s in ["347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x", *TEXTS[:3]]:
+            assert tokenizer(s)["input_ids"] == list(run.text.ids(s)) and tokenizer.decode(run.text.ids(s)) == s
+    lora = co.load_model(run, "lora")
+    assert any(m.lora_b.any() for m in lora.modules() if isinstance(m, co.Conv1D))  # there was something to merge
+
+def test_export_of_a_scratch_run(mini):
+    """Without GPT-2's encoding the export has no tokenizer, and loads all the same."""
+    import transformers
+
+    out, _ = mini
+    assert cli("--stage", "export", "--out", out).returncode == 0
+    assert {p.name for p in (out / "export/oracle").iterdir()} == {"config.json", "model.safetensors"}
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(out / "export/oracle")
+    ours, ids = co.load_model(run_of(out), "oracle"), torch.tensor([TEXT.ids("347+285=<bot>")])
+    with torch.no_grad():
+        assert (ours.logits(ours(ours.wte(ids))[0]) - theirs(ids).logits).abs().max() < 1e-4
+    shutil.rmtree(out / "export")
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "shapes", "encoding", "nowhere"])
+def test_wrong_released_files_are_refused(tmp_path, monkeypatch, capsys, damage):
+    """A missing or wrong file of --weights is one line, and nothing is written."""
+    directory = tmp_path / "weights"
+    directory.mkdir()
+    monkeypatch.setitem(co.SIZES, "gpt2", (1, 2, 8))
+    shapes = gw.gpt2_shapes(2 if damage == "shapes" else 1, 8)
+    gw.write_safetensors(directory / "model.safetensors", {name: torch.zeros(s) for name, s in shapes.items()})
+    shutil.copy(BPE / "vocab.bpe", directory / "merges.txt")
+    (directory / "vocab.json").write_bytes((BPE / "encoder.json").read_bytes()[:-3 if damage == "encoding" else None])
+    if damage == "missing":
+        (directory / "model.safetensors").unlink()
+    if damage == "cut":
+        os.truncate(directory / "model.safetensors", 1000)
+    where = tmp_path / "none" if damage == "nowhere" else directory
+    with pytest.raises(WeightsError) as caught:
+        co.main(["--model", "gpt2", "--weights", str(where), "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert "\n" not in str(caught.value) and str(where) in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+class SeedProtocol:
+    """What the seed's scripts/10 does with its checkpoints, in plain transformers: layer 19 of hidden_states is read,
+    and added after block 17 at scale 2; numbers are whole BPE tokens; as many thoughts as gold steps."""
+
+    def __init__(self, directory, coconut, oracle):
+        import transformers
+
+        self.tok = transformers.GPT2Tokenizer(vocab=str(directory / "vocab.json"), merges=str(directory / "merges.txt"))
+        self.tok.add_special_tokens({"additional_special_tokens": list(co.SPECIAL)})
+        self.coconut, self.oracle = coconut, oracle
+
+    def ids(self, s):
+        return torch.tensor([self.tok(s)["input_ids"]])
+
+    @torch.no_grad()
+    def think(self, a, b):
+        """-> answer logits (T, V) under teacher forcing, and the readings (K, C)."""
+        steps = len([s for s in co.steps_of(a, b) if s != "carry 0"])
+        model = self.coconut.transformer
+        out = model(self.ids(f"{a} + {b} = <bot>"), use_cache=True)
+        readings = []
+        for _ in range(steps):
+            out = model(inputs_embeds=out.last_hidden_state[:, -1:], past_key_values=out.past_key_values,
+                        use_cache=True, output_hidden_states=True)
+            readings.append(out.hidden_states[19][0, 0])
+        out = model(self.ids(f"<eot> {a + b}")[:, :-1], past_key_values=out.past_key_values)
+        return self.coconut.lm_head(out.last_hidden_state)[0], torch.stack(readings)
+
+    @torch.no_grad()
+    def ask(self, vector, question, hold, limit):
+        """-> logits at the prompt's last token, and the greedy ids."""
+        prompt = self.ids(f"Layer 18: <act> {question}")
+        at = prompt[0].tolist().index(self.tok.convert_tokens_to_ids("<act>"))
+
+        def add(_, __, output):
+            h = output[0] if isinstance(output, tuple) else output
+            h = h.clone()
+            if h.shape[1] > at:
+                h[:, at] += 2.0 * h[:, at].norm() * vector / vector.norm()
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        handle, ids, first = self.oracle.transformer.h[17].register_forward_hook(add), prompt, None
+        for n in range(limit):
+            logits = self.oracle(ids).logits[0, -1]
+            first = logits.clone() if first is None else first
+            if n < hold:
+                logits[[50256, *range(50257, 50261)]] = -float("inf")
+            if logits.argmax() == 50256:
+                break
+            ids = torch.cat([ids, logits.argmax()[None, None]], 1)
+        handle.remove()
+        return first, self.tok.decode(ids[0, prompt.shape[1]:]).strip()
+
+@pytest.fixture
+def seed_files(tmp_path, monkeypatch):
+    """Random checkpoints in the seed's format, and the arguments that measure them. 20 layers, narrow."""
+    import transformers
+
+    monkeypatch.setitem(co.SIZES, "gpt2-large", (20, 2, 16))
+    shutil.copy(BPE / "vocab.bpe", tmp_path / "merges.txt")
+    shutil.copy(BPE / "encoder.json", tmp_path / "vocab.json")
+    models = []
+    for name in ("coconut", "oracle"):
+        torch.manual_seed(len(name))
+        config = transformers.GPT2Config(n_layer=20, n_head=2, n_embd=16, vocab_size=50261, initializer_range=0.3)
+        models.append(transformers.GPT2LMHeadModel(config).eval())
+        torch.save(models[-1].state_dict(), tmp_path / f"{name}.pt")
+    args = ["--stage", "eval", "--protocol", "seed", "--coconut", tmp_path / "coconut.pt", "--oracle",
+            tmp_path / "oracle.pt", "--weights", tmp_path, "--device", "cpu", "--out", tmp_path / "run"]
+    return SeedProtocol(tmp_path, *models), list(map(str, args)), tmp_path
+
+def test_seed_protocol_equals_plain_transformers(seed_files, monkeypatch):
+    """Prefix, thoughts, readings, injected logits and greedy text are those of the seed's own way, on its format."""
+    seed, args, directory = seed_files
+    cfg = replace(co.parse(args), device="cpu", dtype="float32", compile=False)
+    run = co.Run(cfg, co.Text(gw.read_bpe(directory), seed=True), directory / "run")
+    coconut, oracle = co.load_model(run, "coconut"), co.load_model(run, "oracle")
+    assert (cfg.read_layer, cfg.inject_layer, cfg.scale, cfg.digits, cfg.whiten) == (19, 18, 2.0, (2, 3, 4), False)
+    first, write = [], co.write
+    monkeypatch.setattr(co, "write", lambda m, h, *a, **k: first.append(m.logits(h[:, 0])) or write(m, h, *a, **k))
+    problems = [pairs_of((347, 285), (12 * 9, 100 + 9 * 80)), pairs_of((957, 285)), pairs_of((47, 12), (10, 20))]
+    for pairs in problems:
+        pool = co.collect(run, coconut, [pairs])
+        steps = len(pool.slot) // len(pairs)
+        batch = co.make_batch(run.text, pairs, 0)
+        for i, (a, b) in enumerate(pairs.tolist()):
+            prefix = batch.prefix[i] if batch.valid is None else batch.prefix[i][batch.valid[i]]
+            assert prefix.tolist() == seed.ids(f"{a} + {b} = <bot>")[0].tolist()
+            logits, readings = seed.think(a, b)
+            assert len(readings) == steps and (pool.vectors[i * steps:(i + 1) * steps] - readings).abs().max() < 1e-4
+            one = co.make_batch(run.text, pairs[i:i + 1], 0)
+            with torch.no_grad():
+                h, cache, _ = coconut(coconut.wte(one.prefix), last=1)
+                _, cache, _ = co.think(coconut, h, cache, steps)
+                h, _, _ = coconut(coconut.wte(one.answer), cache)
+                loss, right = co.coconut_loss(coconut, one, steps)
+            assert (coconut.logits(h[0]) - logits).abs().max() < 1e-4
+            gold = seed.ids(f" {a + b}")[0]
+            assert abs(loss.item() - F.cross_entropy(logits, gold).item()) < 1e-4
+            assert right.item() == (logits.argmax(-1) == gold).all().item()
+        for family, hold, limit in (("step", 3, 25), ("answer", 2, 10)):
+            question = co.SEED_QUESTIONS[family]
+            first.clear()
+            said = co.ask(run, oracle, pool.vectors, question)
+            for i, vector in enumerate(pool.vectors):
+                logits, text = seed.ask(vector, question, hold, limit)
+                assert (first[0][i] - logits).abs().max() < 1e-4
+                assert said[i] == (text if family == "step" else (re.findall(r"\d+", text) or [""])[0])
+
+def test_seed_protocol_reports_both_measures(seed_files, capsys):
+    """`--protocol seed` prints and records the seed's measures beside ours, and trains nothing."""
+    _, args, directory = seed_files
+    co.main([*args, "--eval-problems", "12"])
+    r = json.loads((directory / "run/results.json").read_text())
+    assert {"exact", "teacher_forced"} <= set(r["coconut"]["stages"]["all"])
+    assert {"exact", "token_f1", "exact_no_final"} <= set(r["oracle"]["step"]) and "lora" not in r
+    assert {"shuffled_same_slot", "constant"} <= set(r["controls"])
+    assert r["oracle"]["step"]["n"] < 12 // 3 * (3 + 4 + 5)  # no slot for a final carry of 0
+    assert "teacher-forced" in capsys.readouterr().out
+    assert not [p for p in (directory / "run").iterdir() if p.suffix == ".safetensors"]
+
+def test_a_checkpoint_that_would_run_code_is_refused(seed_files, capsys):
+    """A pickle that calls a function, or is no state dict of this model, is refused in one line; nothing is run."""
+    _, args, directory = seed_files
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(directory / "owned"),)
+
+    for content in ({"transformer.wte.weight": Hostile()}, [1, 2], {"wte.weight": torch.zeros(3)}, {"x": "y"}):
+        torch.save(content, directory / "oracle.pt")
+        with pytest.raises(WeightsError, match="oracle.pt") as caught:
+            co.main([*args, "--eval-problems", "6"])
+        assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+    (directory / "oracle.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(WeightsError, match="oracle.pt"):
+        co.main([*args, "--eval-problems", "6"])
+    assert not (directory / "owned").exists()
 
 # -----------------------------------------------------------------------------------------------------------
 # gpt2_weights.py: names and shapes
 
-GPT2_SIZE = dict(n_layer=2, n_embd=8, n_vocab=11, n_ctx=7)
-
+GPT2_SIZE = dict(n_layer=2, C=8, n_vocab=11, n_ctx=7)
 
 def small_gpt2():
     """A small transformers GPT-2 with GPT2_SIZE, its weights far from their constants."""
@@ -860,23 +1095,19 @@ def small_gpt2():
         torch.nn.init.normal_(parameter)
     return model
 
-
 def same(got, wanted):
     """Same names, dtypes, shapes and bytes."""
     return got.keys() == wanted.keys() and all(raw(got[name]) == raw(wanted[name]) for name in got)
 
-
 def raw(tensor):
     """(dtype, shape, bytes): unlike torch.equal this takes a NaN as equal to itself, and -0 as other than 0."""
     return tensor.dtype, tensor.shape, tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
 
 def test_shapes_are_those_of_transformers():
     """gpt2_shapes has exactly the names and shapes of transformers' state dict, but for the tied lm_head."""
     wanted = {name.removeprefix("transformer."): tuple(t.shape) for name, t in small_gpt2().state_dict().items()}
     del wanted["lm_head.weight"]
     assert gw.gpt2_shapes(**GPT2_SIZE) == wanted
-
 
 def test_sizes_give_the_published_parameter_counts():
     """SIZES give the parameter counts of the four released models."""
@@ -886,17 +1117,14 @@ def test_sizes_give_the_published_parameter_counts():
     assert counts == {"gpt2": 124439808, "gpt2-medium": 354823168, "gpt2-large": 774030080, "gpt2-xl": 1557611200}
     assert all(width % heads == 0 for _, heads, width in gw.SIZES.values())
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Weights: fetching
 
 BODY = random.Random(0).randbytes(300_000)
 SMALL = {"config.json": b'{"n_layer": 12}', "vocab.json": b"{}", "merges.txt": b"#version: 0.2\n"}
 
-
 def git_blob(body):
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
-
 
 class Hub:
     """A model hub on this machine; its attributes say how it misbehaves with model.safetensors."""
@@ -963,7 +1191,6 @@ class Hub:
     def ranges_asked(self):
         return [wanted for name, wanted in self.requests if name == "model.safetensors"]
 
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub that fetch() is set to use, with a fresh cache and no pauses."""
@@ -990,16 +1217,13 @@ def hub(monkeypatch, tmp_path):
     server.shutdown()
     server.server_close()
 
-
 @pytest.fixture
 def cache(tmp_path):
     return tmp_path / "cache" / "gpt2"
 
-
 def stale_part(cache, content):
     cache.mkdir(parents=True)
     (cache / "model.safetensors.part").write_bytes(content)
-
 
 def fails(*words):
     """fetch("gpt2") raises a WeightsError of one line with all the words."""
@@ -1008,11 +1232,9 @@ def fails(*words):
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
-
 def holds(cache, body=BODY):
     """The cache holds the four files and nothing else."""
     return {path.name: path.read_bytes() for path in cache.iterdir()} == SMALL | {"model.safetensors": body}
-
 
 @pytest.mark.parametrize("announce", ["redirect", "tagged", "etag", None])
 def test_fetch(hub, cache, announce, capsys):
@@ -1023,7 +1245,6 @@ def test_fetch(hub, cache, announce, capsys):
     assert hub.ranges_asked() == ["bytes=0-"]
     assert len(capsys.readouterr().err.splitlines()) == len(gw.FILES)
 
-
 def test_fetch_again_needs_no_network(hub, cache, monkeypatch):
     """With all files in place fetch() opens no connection and writes nothing."""
     gw.fetch("gpt2")
@@ -1031,7 +1252,6 @@ def test_fetch_again_needs_no_network(hub, cache, monkeypatch):
     times = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     assert gw.fetch("gpt2") == cache
     assert times == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-
 
 def test_fetch_only_what_is_missing(hub, cache):
     """A file that is there is not asked for again."""
@@ -1042,7 +1262,6 @@ def test_fetch_only_what_is_missing(hub, cache):
     assert [name for name, _ in hub.requests] == ["merges.txt"]
     assert holds(cache)
 
-
 @pytest.mark.parametrize("announce", ["redirect", "etag"])
 def test_fetch_resumes_a_cut_download(hub, cache, announce):
     """After each cut only the missing bytes are asked for, and the pieces make the file."""
@@ -1051,7 +1270,6 @@ def test_fetch_resumes_a_cut_download(hub, cache, announce):
     gw.fetch("gpt2")
     assert holds(cache)
     assert hub.ranges_asked() == ["bytes=0-", "bytes=100000-", "bytes=150000-"]
-
 
 def test_fetch_resumes_in_a_later_call(hub, cache):
     """A download that is cut on each try is an error that leaves a .part, with which the next call goes on."""
@@ -1062,7 +1280,6 @@ def test_fetch_resumes_in_a_later_call(hub, cache):
     assert holds(cache)
     assert hub.ranges_asked()[-1] == "bytes=4000-"
 
-
 @pytest.mark.parametrize("announce", ["redirect", None])
 def test_fetch_from_a_server_without_ranges(hub, cache, announce):
     """A server that answers a Range with the whole file gets its file taken from the start."""
@@ -1070,7 +1287,6 @@ def test_fetch_from_a_server_without_ranges(hub, cache, announce):
     gw.fetch("gpt2")
     assert holds(cache)
     assert hub.ranges_asked() == ["bytes=0-", "bytes=100000-"]
-
 
 def test_fetch_joins_no_pieces_without_a_digest(hub, cache):
     """Where no digest is announced, a resumed download is not trusted but made anew in one piece."""
@@ -1080,14 +1296,12 @@ def test_fetch_joins_no_pieces_without_a_digest(hub, cache):
     assert holds(cache)
     assert hub.ranges_asked() == ["bytes=1000-", "bytes=0-"]
 
-
 @pytest.mark.parametrize("stale", [b"x" * 1000, b"x" * len(BODY), b"x" * (len(BODY) + 1), BODY, b""])
 def test_fetch_with_a_stale_part(hub, cache, stale):
     """Whatever .part an earlier run has left, the file is the hub's."""
     stale_part(cache, stale)
     gw.fetch("gpt2")
     assert holds(cache)
-
 
 def test_fetch_of_a_file_that_changes_between_pieces(hub, cache):
     """Pieces of two versions are not joined: the new version is loaded anew."""
@@ -1097,14 +1311,12 @@ def test_fetch_of_a_file_that_changes_between_pieces(hub, cache):
     gw.fetch("gpt2")
     assert holds(cache, changed)
 
-
 @pytest.mark.parametrize("size", [len(BODY) - 1, len(BODY) + 1, 0])
 def test_fetch_refuses_a_wrong_size(hub, cache, size):
     """A body of another size than announced is an error, and neither it nor its .part stays."""
     hub.headers = {"X-Linked-Size": str(size), "X-Linked-Etag": '"none"'}
     fails("model.safetensors", "300,000", f"{size:,}")
     assert sorted(path.name for path in cache.iterdir()) == sorted(SMALL)
-
 
 @pytest.mark.parametrize("announce", ["redirect", "tagged", "etag"])
 def test_fetch_refuses_a_wrong_sha256(hub, cache, announce):
@@ -1114,13 +1326,11 @@ def test_fetch_refuses_a_wrong_sha256(hub, cache, announce):
     assert sorted(path.name for path in cache.iterdir()) == sorted(SMALL)
     assert len(hub.ranges_asked()) == 1
 
-
 def test_fetch_refuses_a_wrong_git_digest(hub, cache):
     """The git blob digest of a small file is checked too."""
     hub.files["config.json"] = Liar(b'{"n_layer": 12}')
     fails("config.json", git_blob(b"{}"))
     assert list(cache.iterdir()) == []
-
 
 def test_fetch_takes_a_weak_tag_for_no_digest(hub, cache):
     """A weak ETag is no digest of the bytes, whatever its letters are: the file is taken by its size."""
@@ -1128,20 +1338,17 @@ def test_fetch_takes_a_weak_tag_for_no_digest(hub, cache):
     gw.fetch("gpt2")
     assert holds(cache)
 
-
 class Liar(bytes):
     """A body that is sent truly, though its digest is computed from another."""
 
     def __radd__(self, header):
         return b"blob 2\0{}"
 
-
 def test_fetch_404(hub, cache):
     """A file that the server lacks is an error at once that tells address and status."""
     hub.statuses = [404]
     fails("/gpt2/resolve/main/model.safetensors", "404", "--weights DIR")
     assert len(hub.ranges_asked()) == 1
-
 
 def test_fetch_tries_again_after_a_server_error(hub, cache):
     """A server that for a moment is busy, or talks no HTTP, does not fail the download."""
@@ -1151,7 +1358,6 @@ def test_fetch_tries_again_after_a_server_error(hub, cache):
         assert holds(cache) and not hub.statuses
         (cache / "model.safetensors").unlink()
 
-
 def test_fetch_without_a_network(hub, cache, monkeypatch):
     """With nothing listening the error names the way without a network, and no file appears."""
     with socket.socket() as closed:
@@ -1160,26 +1366,22 @@ def test_fetch_without_a_network(hub, cache, monkeypatch):
         fails("config.json", "refused", "--weights DIR")
     assert list(cache.iterdir()) == []
 
-
 @pytest.mark.parametrize("address", ["nonsense", "http://", "http://[", "gopher://x"])
 def test_fetch_from_no_address(hub, monkeypatch, address):
     """A COCORACLE_HUB that is no address is a WeightsError, not a traceback."""
     monkeypatch.setenv("COCORACLE_HUB", address)
     fails("--weights DIR")
 
-
 def test_fetch_of_garbage_headers(hub, cache):
     """Sizes that are no numbers are a WeightsError, not a traceback."""
     hub.headers = {"X-Linked-Size": "many"}
     fails("model.safetensors", "many")
-
 
 def test_fetch_into_a_directory_that_cannot_be_written(hub, tmp_path, monkeypatch):
     """A cache that cannot be made is a WeightsError that names it."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("COCORACLE_CACHE", str(tmp_path / "file" / "cache"))
     fails(str(tmp_path / "file"), "disk")
-
 
 def test_fetch_on_a_full_disk(hub, cache):
     """A disk that is full in mid-file is a WeightsError; with room again the download goes on where it stopped."""
@@ -1189,7 +1391,6 @@ def test_fetch_on_a_full_disk(hub, cache):
     gw.fetch("gpt2")
     assert holds(cache)
     assert hub.ranges_asked()[-1] == "bytes=100000-"
-
 
 def test_fetch_killed(hub, cache):
     """A process killed in mid-download leaves no model.safetensors, and the next one goes on from its .part."""
@@ -1215,13 +1416,11 @@ def test_fetch_killed(hub, cache):
     assert holds(cache, BODY * 8)
     assert hub.ranges_asked()[-1] not in (None, "bytes=0-")
 
-
 def test_fetch_of_an_unknown_model(hub):
     """A model that is no released GPT-2 is a WeightsError that lists those that are."""
     with pytest.raises(WeightsError, match="gpt2-xl"):
         gw.fetch("../gpt2")
     assert hub.requests == []
-
 
 def test_cache_directory(hub, tmp_path, monkeypatch):
     """Without COCORACLE_CACHE the cache is in XDG_CACHE_HOME, and without that in ~/.cache."""
@@ -1232,7 +1431,6 @@ def test_cache_directory(hub, tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert gw.fetch("gpt2-xl") == tmp_path / "home" / ".cache" / "cocoracle" / "gpt2-xl"
 
-
 # -----------------------------------------------------------------------------------------------------------
 # Weights: safetensors
 
@@ -1240,7 +1438,6 @@ TYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
 
 class file_size_limit:
     """No file may grow beyond so many bytes: stands in for a full disk."""
@@ -1255,7 +1452,6 @@ class file_size_limit:
     def __exit__(self, *_):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
-
 def sample():
     """Tensors of all dtypes, some empty, one a scalar, one not contiguous, with awkward names."""
     torch.manual_seed(0)
@@ -1263,21 +1459,17 @@ def sample():
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "é \"quoted\"\n": torch.ones(1, 1, 1).half()}
     return tensors | {"turned": torch.randn(4, 3).t()}
 
-
 def straight(tensors):
     """The safetensors package takes contiguous tensors only."""
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
 
 def file_of(header, data=b""):
     """Bytes of a safetensors file with this header (a dict or the JSON's bytes)."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(header)) + header + data
 
-
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 @pytest.mark.parametrize("names", [None, []])
@@ -1287,14 +1479,11 @@ def test_written_bytes_are_the_package_s(tmp_path, metadata, names):
     gw.write_safetensors(tmp_path / "ours", tensors, metadata)
     assert (tmp_path / "ours").read_bytes() == safetensors.torch.save(straight(tensors), metadata)
 
-
 def test_read_what_the_package_wrote(tmp_path):
-    """read_safetensors gives the tensors and metadata that the safetensors package wrote."""
+    """read_safetensors gives the tensors that the safetensors package wrote."""
     metadata = {"format": "pt", "é": "\n", "": ""}
     safetensors.torch.save_file(straight(sample()), tmp_path / "theirs", metadata)
     assert same(gw.read_safetensors(tmp_path / "theirs"), sample())
-    assert gw.read_metadata(tmp_path / "theirs") == metadata
-
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -1314,11 +1503,9 @@ def test_round_trips_through_the_package(tensors, metadata):
         first = path.read_bytes()
         assert same(gw.read_safetensors(path), tensors)
         assert same(safetensors.torch.load_file(path), tensors)
-        assert gw.read_metadata(path) == (metadata or {})
         gw.write_safetensors(path, dict(reversed(tensors.items())), metadata)
         assert path.read_bytes() == first
         assert struct.unpack("<Q", first[:8])[0] % 8 == 0
-
 
 def test_read_in_any_order_and_unaligned(tmp_path):
     """A file whose header names tensors in another order than their bytes, and is of odd length, reads right."""
@@ -1330,14 +1517,12 @@ def test_read_in_any_order_and_unaligned(tmp_path):
     assert same(gw.read_safetensors(tmp_path / "file"), safetensors.torch.load(content))
     assert gw.read_safetensors(tmp_path / "file")["b"].mul(2).tolist() == [6, 8]
 
-
 def test_write_parameters(tmp_path):
     """Parameters that want gradients, and views of a larger tensor, are written as their values."""
     parameter = torch.nn.Parameter(torch.randn(3, 3))
     gw.write_safetensors(tmp_path / "file", {"p": parameter, "row": parameter[1], "step": torch.arange(9)[::2]})
     wanted = {"p": parameter.data, "row": parameter.data[1], "step": torch.arange(0, 9, 2)}
     assert same(gw.read_safetensors(tmp_path / "file"), wanted)
-
 
 def test_tensors_are_private(tmp_path):
     """Writing to a tensor that was read leaves the file alone, and what was read from a file can replace it."""
@@ -1352,11 +1537,9 @@ def test_tensors_are_private(tmp_path):
     assert gw.read_safetensors(path)["a"].tolist() == [1, 2, 3, 4, 5]
     assert tensors["b"].tolist() == [1, 1, 1]
 
-
 def memory(field):
     """A field of this process's /proc/self/status, in bytes."""
     return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) << 10
-
 
 def test_reading_copies_nothing(tmp_path):
     """Reading a file of 512 MB takes a few MB of memory, and looking at all of it no memory of our own."""
@@ -1369,7 +1552,6 @@ def test_reading_copies_nothing(tmp_path):
     assert memory("VmRSS") - before < 1 << 24
     assert tensor[:: 1 << 18].abs().sum() == 0
     assert memory("RssAnon") - own < 1 << 24
-
 
 GOOD = file_of({"a": entry(), "b": entry("F16", (2, 3), (8, 20))}, bytes(20))
 HUGE = 1 << 62
@@ -1438,7 +1620,6 @@ MALFORMED = {
     "a name with a line end": (file_of({"a\nb": 1}), r"tensor 'a\nb'"),
 }  # fmt: skip
 
-
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_files_are_refused(tmp_path, case):
     """Each malformed file is a WeightsError of one readable line with the file, the tensor and what was expected."""
@@ -1446,23 +1627,20 @@ def test_malformed_files_are_refused(tmp_path, case):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     begin = time.process_time()
-    for read in (gw.read_safetensors, gw.read_metadata):
-        with pytest.raises(WeightsError) as caught:
-            read(path)
-        message = str(caught.value)
-        assert message.startswith(str(path)) and word in message and "copy it again" in message, message
-        assert "\n" not in message and len(message) < len(str(path)) + 600, message
+    with pytest.raises(WeightsError) as caught:
+        gw.read_safetensors(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and word in message and "copy it again" in message, message
+    assert "\n" not in message and len(message) < len(str(path)) + 600, message
     assert time.process_time() - begin < 1
     if case not in ("unknown dtype", "a thousand dimensions"):  # there the package takes more than torch or we do
         with pytest.raises((safetensors.SafetensorError, RuntimeError)):
             safetensors.torch.load(content)
 
-
 def test_the_malformed_files_differ_from_good_ones(tmp_path):
     """The file that the malformed ones are made from is good, so that each is refused for its own fault."""
     (tmp_path / "file").write_bytes(GOOD)
     assert list(gw.read_safetensors(tmp_path / "file")) == ["a", "b"]
-
 
 def test_header_of_more_than_100_mb(tmp_path):
     """A header of more than 100 MB is refused unread, however long the file is."""
@@ -1472,14 +1650,12 @@ def test_header_of_more_than_100_mb(tmp_path):
     with pytest.raises(WeightsError, match="100,000,001"):
         gw.read_safetensors(path)
 
-
-@pytest.mark.parametrize("read", [gw.read_safetensors, gw.read_metadata])
+@pytest.mark.parametrize("read", [gw.read_safetensors, lambda path: gw.read_pickle(path, {})])
 def test_missing_file_and_directory(tmp_path, read):
     """A missing file and a directory are a WeightsError that names them."""
     for path in (tmp_path, tmp_path / "none", tmp_path / "none" / "none"):
         with pytest.raises(WeightsError, match=re.escape(str(path))):
             read(path)
-
 
 def mutated(good, rng):
     """`good` with one to four changes: bytes, words of JSON, digits, cuts, repetitions, in lengths, header or data."""
@@ -1505,7 +1681,6 @@ def mutated(good, rng):
             content = content.replace(b"h.0.a", rng.choice([b"h.1.a", b"\xc3\xa9.a", b'b","b', b"h\\u00"]))
     return bytes(content)
 
-
 def test_mutated_files_load_equal_or_are_refused(tmp_path):
     """Of 600 mutated files each one loads just as in the safetensors package or is a WeightsError, in a blink."""
     torch.manual_seed(0)
@@ -1526,7 +1701,6 @@ def test_mutated_files_load_equal_or_are_refused(tmp_path):
     assert 50 < loaded < 550  # neither outcome is idle
     assert time.process_time() - begin < 10
 
-
 def test_names_of_a_transformers_file(tmp_path):
     """A file that save_pretrained wrote loads with expected names, equal to the model, and strict on nothing else."""
     model = small_gpt2()
@@ -1534,7 +1708,6 @@ def test_names_of_a_transformers_file(tmp_path):
     assert all(name.startswith("transformer.") for name in gw.read_safetensors(tmp_path / "model.safetensors"))
     found = gw.read_safetensors(tmp_path / "model.safetensors", gw.gpt2_shapes(**GPT2_SIZE))
     assert same(found, model.transformer.state_dict())
-
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -1550,7 +1723,6 @@ def test_old_layout(tmp_path, prefix, dtype):
     assert same(gw.read_safetensors(tmp_path / "file", gw.gpt2_shapes(**GPT2_SIZE)), plain)
     assert same(gw.read_safetensors(tmp_path / "file"), old)
 
-
 EXPECTED = {"wte.weight": (2, 2), "h.0.attn.c_attn.bias": (2,)}
 UNEXPECTED = {
     "missing": ({"wte.weight": torch.ones(2, 2)}, "'h.0.attn.c_attn.bias' is missing, expected (2,)"),
@@ -1565,7 +1737,6 @@ UNEXPECTED = {
     "half of an lm_head": ({"lm_head.weight": torch.ones(1, 2)}, "'lm_head.weight' is (1, 2), expected no such"),
 }
 
-
 @pytest.mark.parametrize("case", UNEXPECTED)
 def test_unexpected_tensors_are_refused(tmp_path, case):
     """Missing, extra, misshapen and integer tensors and an lm_head of its own are refused by name."""
@@ -1577,13 +1748,11 @@ def test_unexpected_tensors_are_refused(tmp_path, case):
     with pytest.raises(WeightsError, match=re.escape(words)):
         gw.read_safetensors(tmp_path / "file", EXPECTED)
 
-
 def test_expected_lm_head_and_masks_stay(tmp_path):
     """Names that are expected are not dropped, though they look like the leftovers of old files."""
     tensors = {"wte.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2, 2), "h.0.attn.bias": torch.ones(3)}
     gw.write_safetensors(tmp_path / "file", tensors)
     assert same(gw.read_safetensors(tmp_path / "file", {name: t.shape for name, t in tensors.items()}), tensors)
-
 
 def cannot_write(path, tensors=None, word=""):
     """write_safetensors raises a WeightsError of one line and leaves the directory as it was."""
@@ -1592,7 +1761,6 @@ def cannot_write(path, tensors=None, word=""):
         gw.write_safetensors(path, {"a": torch.ones(100_000)} if tensors is None else tensors)
     assert str(path) in str(caught.value) and word in str(caught.value) and "\n" not in str(caught.value)
     assert before == {p: p.read_bytes() for p in path.parent.glob("*") if p.is_file()}
-
 
 @pytest.mark.parametrize("earlier", [True, False])
 def test_failed_writes_leave_the_earlier_file(tmp_path, monkeypatch, earlier):
@@ -1609,7 +1777,6 @@ def test_failed_writes_leave_the_earlier_file(tmp_path, monkeypatch, earlier):
     gw.write_safetensors(path, {"a": torch.ones(100_000)})
     assert gw.read_safetensors(path)["a"].sum() == 100_000
 
-
 def test_interrupted_write_leaves_the_earlier_file(tmp_path, monkeypatch):
     """Ctrl-C in mid-write leaves the earlier file and no other."""
     path = tmp_path / "file"
@@ -1620,7 +1787,6 @@ def test_interrupted_write_leaves_the_earlier_file(tmp_path, monkeypatch):
         gw.write_safetensors(path, {"a": torch.ones(3)})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": before}
 
-
 def test_write_to_places_that_are_none(tmp_path):
     """A directory that is missing, a file as directory, and a directory as file are a WeightsError."""
     (tmp_path / "file").write_text("x")
@@ -1628,12 +1794,10 @@ def test_write_to_places_that_are_none(tmp_path):
     for path in (tmp_path / "none" / "file", tmp_path / "file" / "file", tmp_path / "directory"):
         cannot_write(path)
 
-
 def test_write_of_other_dtypes(tmp_path):
     """A dtype that cannot be read back is refused by the tensor's name before anything is written."""
     tensors = {"a": torch.ones(2), "z": torch.ones(2, dtype=torch.complex64)}
     cannot_write(tmp_path / "file", tensors, "'z' is torch.complex64")
-
 
 # -----------------------------------------------------------------------------------------------------------
 # Weights: byte-pair encoding
@@ -1646,7 +1810,6 @@ TEXTS = [
     "\x00\x01\x7f\x80\xad", "a" * 300, "antidisestablishmentarianism SolidGoldMagikarp  12345678901234567890",
 ]  # fmt: skip
 
-
 @pytest.fixture
 def bpe(tmp_path):
     """A directory with GPT-2's files under the hub's names."""
@@ -1655,12 +1818,11 @@ def bpe(tmp_path):
     (tmp_path / "bpe" / "vocab.json").write_bytes((BPE / "encoder.json").read_bytes())
     return tmp_path / "bpe"
 
-
-def test_ids_are_those_of_transformers():
+def test_ids_are_those_of_transformers(bpe):
     """tiktoken with read_bpe's ranks gives the ids of transformers' GPT-2 tokenizer made from the same files."""
     from transformers import GPT2Tokenizer
 
-    ours = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=gw.read_bpe(BPE), special_tokens={})
+    ours = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=gw.read_bpe(bpe), special_tokens={})
     theirs = GPT2Tokenizer(vocab=str(BPE / "encoder.json"), merges=str(BPE / "vocab.bpe"))
     rng = random.Random(0)
     letters = "".join(TEXTS)
@@ -1668,9 +1830,8 @@ def test_ids_are_those_of_transformers():
     assert [ours.encode(text) for text in texts] == [theirs(text)["input_ids"] for text in texts]
     assert ours.n_vocab == 50256 and ours.decode(ours.encode(letters)) == letters
 
-
 def test_known_hashes_hold_for_the_hub_s_files(bpe):
-    """The hub's vocab.json and merges.txt are OpenAI's files under new names: both pairs of names give the same ranks.
+    """The hub's vocab.json and merges.txt are OpenAI's files under new names.
 
     The digests are those that tiktoken publishes for encoder.json and vocab.bpe, and the hub's git blob digests.
     """
@@ -1679,8 +1840,6 @@ def test_known_hashes_hold_for_the_hub_s_files(bpe):
     assert hashlib.sha256(merges).hexdigest() == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     assert git_blob(vocab) == "1f1d9aaca301414e7f6c9396df506798ff4eb9a6"
     assert git_blob(merges) == "226b0752cac7789c48f0cb3ec53eda48b7be36cc"
-    assert gw.read_bpe(bpe) == gw.read_bpe(str(BPE))
-
 
 def test_a_vocabulary_saved_anew_is_as_good(bpe):
     """Other spaces, escapes and line ends in the files change nothing, as the ranks are what is checked."""
@@ -1689,7 +1848,6 @@ def test_a_vocabulary_saved_anew_is_as_good(bpe):
     (bpe / "vocab.json").write_text(json.dumps(dict(reversed(vocab.items())), ensure_ascii=False, indent=1))
     (bpe / "merges.txt").write_bytes((bpe / "merges.txt").read_bytes().replace(b"\n", b"\r\n"))
     assert gw.read_bpe(bpe) == ranks
-
 
 def test_bpe_touches_nothing_else(bpe, tmp_path, monkeypatch):
     """read_bpe writes no file, opens no connection, believes no copy cached earlier, and restores the environment."""
@@ -1711,16 +1869,13 @@ def test_bpe_touches_nothing_else(bpe, tmp_path, monkeypatch):
     assert "TIKTOKEN_CACHE_DIR" not in os.environ
     assert not (tmp_path / "temporary").exists()
 
-
 def swapped(vocab, a, b):
     vocab = json.loads(vocab)
     vocab[a], vocab[b] = vocab[b], vocab[a]
     return json.dumps(vocab).encode()
 
-
 def reordered(merges):
     return merges.replace("Ġ t\nĠ a\n".encode(), "Ġ a\nĠ t\n".encode())
-
 
 WRONG_BPE = {
     "merges in another order": ("merges.txt", reordered),
@@ -1737,7 +1892,6 @@ WRONG_BPE = {
     "a token more": ("vocab.json", lambda old: old[:-1] + b', "<bot>": 50257}'),
 }
 
-
 @pytest.mark.parametrize("case", WRONG_BPE)
 def test_another_encoding_is_refused(bpe, case):
     """Files of another encoding, damaged ones, and ones that contradict each other are a WeightsError of one line."""
@@ -1750,14 +1904,12 @@ def test_another_encoding_is_refused(bpe, case):
     message = str(caught.value)
     assert str(bpe) in message and name in message and "\n" not in message and ": :" not in message
 
-
 def test_a_consistent_but_other_encoding_is_refused(bpe):
     """Two files that fit together, but are not GPT-2's, are refused: the ids would mean other words to the model."""
     (bpe / "merges.txt").write_bytes(reordered((bpe / "merges.txt").read_bytes()))
     (bpe / "vocab.json").write_bytes(swapped((bpe / "vocab.json").read_bytes(), "Ġt", "Ġa"))
     with pytest.raises(WeightsError, match="not GPT-2's encoding"):
         gw.read_bpe(bpe)
-
 
 def test_missing_bpe_files(bpe, tmp_path):
     """A directory that lacks one of the files is a WeightsError that names the file."""
