@@ -814,14 +814,15 @@ def released_run(directory, out, model="gpt2", **changes):
     return co.Run(cfg, co.Text(gw.read_bpe(directory), cfg.protocol == "seed"), Path(out))
 
 def peak_bytes(code, *args):
-    """Most memory that a fresh process running this code ever held."""
-    code += "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    """Most memory that a fresh process running this code ever held (ru_maxrss would count its parent's, too)."""
+    code += "\nprint([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
     done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd=HERE,
                           check=True)
-    return int(done.stdout.split()[-1])
+    return int(done.stdout.split()[-1]) * 1024
 
-def check_parity(directory, model):
-    """Logits, greedy text and memory of a model read from a release, against transformers' reading of it."""
+def check_parity(directory, model, limit):
+    """Logits, greedy text and memory of a model read from a release, against transformers' reading of it. limit: of the
+    memory, in sizes of the file; the embedding, a third of gpt2 and a twelfth of gpt2-large, is copied to grow it."""
     import transformers
 
     run = released_run(directory, "nowhere", model)
@@ -831,11 +832,13 @@ def check_parity(directory, model):
     with torch.no_grad():
         logits = theirs(ids).logits
         h, cache, _ = ours(ours.wte(ids))
-        assert (ours.logits(h)[..., :50257] - logits).abs().max() < 1e-3
+        far = (ours.logits(h)[..., :50257] - logits).abs().max().item()
+        assert far < 1e-3
         with torch.autocast("cpu", torch.bfloat16):
             rough = ours.logits(ours(ours.wte(ids))[0])[..., :50257].float()
         # bfloat16 keeps 8 bits: within 5% of the logits' own spread, root mean square
-        assert (rough - logits).pow(2).mean().sqrt() < 0.05 * logits.std()
+        spread = ((rough - logits).pow(2).mean().sqrt() / logits.std()).item()
+        assert spread < 0.05
         greedy = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False,
                                  eos_token_id=-1, pad_token_id=0)
         ours.wte.weight[50257:] = 0  # as in a model that has no such tokens: their logits are 0, not the highest
@@ -847,16 +850,19 @@ def check_parity(directory, model):
            "cfg = replace(co.Config(), model=sys.argv[2], weights=sys.argv[1], device='cpu', compile=False)\n" \
            "run = co.Run(cfg, co.Text(gw.read_bpe(sys.argv[1])), Path('nowhere'))\n"
     load = "model = co.load_model(run, 'base')\nsum(p.sum() for p in model.parameters())"  # touches every page
-    assert peak_bytes(code + load, directory, model) - peak_bytes(code, directory, model) < 1.3 * size
+    peak = (peak_bytes(code + load, directory, model) - peak_bytes(code, directory, model)) / size
+    print(f"{model}: logits differ by at most {far:.1e}, in bf16 by {spread:.3f} of their spread; same 32 greedy tokens; "
+          f"loading took {peak:.2f} times the file's size")
+    assert peak < limit
 
 def test_released_gpt2_equals_transformers(released):
-    """GPT-2 small, read from released files: logits within 1e-3, the same 32 greedy tokens, 1.3 times its memory."""
-    check_parity(released("gpt2"), "gpt2")
+    """GPT-2 small, read from released files: logits within 1e-3, the same 32 greedy tokens, 1.5 times its memory."""
+    check_parity(released("gpt2"), "gpt2", 1.5)
 
 @LONG
 def test_released_gpt2_large_equals_transformers(released):
-    """The same at the size of GPT-2 large."""
-    check_parity(released("gpt2-large"), "gpt2-large")
+    """The same at the size of GPT-2 large, with 1.3 times its memory."""
+    check_parity(released("gpt2-large"), "gpt2-large", 1.3)
 
 def test_released_vocabulary(released):
     """With GPT-2's encoding digits are single tokens, words as in transformers; new rows are copies of known ones."""
