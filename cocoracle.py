@@ -4,31 +4,29 @@
 # ///
 """cocoracle: can we read what a language model is thinking while it reasons in latent space?
 
-A GPT-2 learns to add with a written, carry-by-carry chain of thought; a curriculum then replaces the
-written steps by *continuous thoughts* (Coconut); and an *activation oracle* learns to read one thought's
-hidden state and to say in words which step it stands for. Baselines and controls stand beside every figure.
+A GPT-2 learns to add with a written, carry-by-carry chain of thought; a curriculum then replaces the written steps by
+*continuous thoughts* (Coconut); and an *activation oracle* learns to read a thought's hidden state and to say in words
+which step it stands for. Baselines and controls stand beside every figure.
 
-    python cocoracle.py --stage all                       # tiny model, from scratch, CPU, minutes
-    python cocoracle.py --stage all --digits 2-4          # the seed's mix of lengths
+    python cocoracle.py                                   # tiny model, from scratch, CPU, minutes
+    python cocoracle.py --bottleneck                      # the answer sees the thoughts alone
     python cocoracle.py --stage eval --out runs/tiny      # measure a finished run again
 
-Sections: 1 this text; 2 configuration; 3 arithmetic and text; 4 GPT-2; 5 thinking; 6 injection and LoRA;
-7 training kit; 8 Coconut curriculum; 9 oracles; 10 probes; 11 evaluation; 12 stages and command line.
+Sections: 1 this text; 2 configuration; 3 arithmetic and text; 4 GPT-2; 5 thinking; 6 injection and LoRA; 7 training
+kit; 8 Coconut curriculum; 9 oracles; 10 probes; 11 evaluation; 12 stages and command line.
 
-Papers: Coconut (arXiv:2412.06769), Activation Oracles (arXiv:2512.15674), GPT-2 (Radford et al. 2019), LoRA
-(arXiv:2106.09685), linear probes (arXiv:1610.01644).
+Papers: Coconut (arXiv:2412.06769), Activation Oracles (arXiv:2512.15674), LoRA (arXiv:2106.09685), probes (1610.01644).
 
 Symbols: B batch, T positions of this call, S positions in the cache, C width, V vocabulary, L layers, H heads,
-D digits of an operand, K thoughts, N readings.
+D digits of an operand, K thoughts, N readings, R layers read, A vectors injected.
   step      one line of text chain of thought, `7+5=12 write 2 carry 1`
   slot      index of a step in its problem; D digits make D+1 slots, always (the last holds the final carry)
   thought   one latent position: its input is the last hidden state (after ln_f) of the position before
   stage k   the last k slots are thoughts, those before are text; 0 is all text, "all" is all thoughts
   layer l   the residual stream after l blocks; 0 is what enters the first block
-  reading   the residual stream of one thought at one layer
+  reading   the residual stream of one thought at the layers read
 
-It does not: sample (every answer is greedy), batch problems of different lengths together, or train on text of
-your own. A high reading score does not show that the model *uses* what is read.
+It does not: sample (every answer is greedy), batch problems of different lengths, or train on text of your own.
 """
 
 import argparse
@@ -38,11 +36,12 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -73,25 +72,28 @@ def digits_arg(s):
         raise argparse.ArgumentTypeError(f"takes lengths from 2 to 8 as `2,3` or `2-4`, not {s!r}")
     return tuple(range(ends[0], ends[1] + 1)) if "-" in s else tuple(sorted(set(ends)))
 
+def shares_arg(s):
+    """'0,0.5' -> (0.0, 0.5)."""
+    return tuple(number(float, 0, 1)(x) for x in s.split(","))
+
 def number(kind, low, high=math.inf):
     """-> the argparse type of a finite int or float in [low, high]."""
     def convert(s):
         try:
             value = kind(s)
-            if low <= value <= high and value < math.inf:
-                return value
         except ValueError:
-            pass
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"takes {'an integer' if kind is int else 'a number'} {limits}, not {s!r}")
+            value = math.nan
+        if not low <= value <= high or value == math.inf:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"takes {'an integer' if kind is int else 'a number'} {limits}, not {s!r}")
+        return value
     return convert
 
-COUNT, SHARE, LEARNING_RATE = number(int, 1), number(float, 0, 1), number(float, 1e-12)
+COUNT, SHARE, LEARNING_RATE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12), number(float, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every knob, with its help line; the command line is made from it. Defaults are tiny's, on a CPU."""
-
     stage: str = opt("all", "what to run; `all` runs coconut, probes, oracle, lora, eval in order", choices=STAGES)
     model: str = opt("tiny", "size of the GPT-2", choices=tuple(SIZES))
     init: str = opt("auto", "where weights start; auto: scratch for tiny, else the released GPT-2's",
@@ -103,10 +105,13 @@ class Config:
     seed: int = opt(0, "seed of weights and data", type=number(int, 0, 2**63 - 1))
     device: str = opt("auto", "where to run; auto takes the GPU if there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = opt("auto", "auto: bfloat16 on a GPU, else float32", choices=("auto", "float32", "bfloat16"))
-    compile: bool = opt(None, "torch.compile the blocks (default: on a GPU)", action=argparse.BooleanOptionalAction)
+    compile: bool = opt(None, "torch.compile the blocks (default: on a GPU)")
     # data
     digits: tuple = opt((2, 3), "operand lengths, as `2,3` or `2-4`", type=digits_arg)
     thoughts_per_slot: int = opt(1, "thoughts in place of one text step", type=COUNT)
+    thoughts: str = opt("hidden", "what a thought is fed: the last hidden state, or one learned vector (a control)",
+                        choices=("hidden", "pause"))
+    bottleneck: bool = opt(False, "a last stage in which the answer sees the thoughts alone, not the problem")
     protocol: str = opt("own", "seed: texts, layers and questions of syvb/cocoracle, to measure its published "
                         "checkpoints with --stage eval --coconut FILE --oracle FILE", choices=("own", "seed"))
     coconut: str = opt("", "its checkpoint of the Coconut model (.pt)")
@@ -116,60 +121,63 @@ class Config:
     text_steps: int = opt(250, "training steps of stage 0, all text", type=COUNT)
     stage_steps: int = opt(90, "training steps of stage 1; stages 2, 3 take 2, 3 times as many", type=COUNT)
     latent_steps: int = opt(900, "training steps of the last stage, all thoughts", type=COUNT)
+    bottleneck_steps: int = opt(1000, "training steps of the stage that --bottleneck adds", type=COUNT)
     text_lr: float = opt(3e-3, "peak learning rate (AdamW) of the stages with text", type=LEARNING_RATE)
-    text_muon: float = opt(0.02, "Muon's on their matrices; 0: AdamW on all", type=number(float, 0))
+    text_muon: float = opt(0.02, "Muon's on their matrices; 0: AdamW on all", type=POSITIVE)
     latent_lr: float = opt(2e-3, "peak learning rate (AdamW) without text", type=LEARNING_RATE)
-    text_decay: float = opt(0.5, "AdamW's weight decay in the stages with text", type=number(float, 0))
-    latent_decay: float = opt(1.0, "AdamW's weight decay without text", type=number(float, 0))
+    text_decay: float = opt(0.5, "AdamW's weight decay in the stages with text", type=POSITIVE)
+    latent_decay: float = opt(1.0, "AdamW's weight decay without text", type=POSITIVE)
+    bottleneck_decay: float = opt(0.3, "AdamW's weight decay behind the bottleneck", type=POSITIVE)
     mix: float = opt(0.0, "share of all-text batches in the later stages, against forgetting", type=SHARE)
     # oracles
-    read_depth: float = opt(0.5, "layer read, as a share of the depth (rounded up)", type=SHARE)
-    whiten: bool = opt(True, "whiten readings before use", action=argparse.BooleanOptionalAction)
-    scale: float = opt(2.0, "strength of a reading, relative to the state it is added to", type=number(float, 0))
+    read_layers: tuple = opt((0.5,), "layers read, as shares of the depth (rounded up), as `0,0.5`", type=shares_arg)
+    whiten: bool = opt(True, "whiten readings before use")
+    scale: float = opt(2.0, "strength of a reading, relative to the state it is added to", type=POSITIVE)
     oracle_steps: int = opt(2200, "training steps of the self-oracle", type=COUNT)
     oracle_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
-    oracle_muon: float = opt(0.04, "Muon's on its matrices; 0: AdamW on all", type=number(float, 0))
+    oracle_muon: float = opt(0.04, "Muon's on its matrices; 0: AdamW on all", type=POSITIVE)
     rehearsal: float = opt(0.3, "share of its steps that repeat the coconut's own task too", type=SHARE)
     lora_steps: int = opt(450, "training steps of the LoRA oracle", type=COUNT)
     lora_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
-    lora_muon: float = opt(0.02, "Muon's on the adapters; 0: AdamW", type=number(float, 0))
+    lora_muon: float = opt(0.02, "Muon's on the adapters; 0: AdamW", type=POSITIVE)
     lora_rank: int = opt(32, "rank of the adapters", type=COUNT)
     # evaluation
     probe_problems: int = opt(20000, "training problems of each length for the probes", type=COUNT)
     probe_epochs: int = opt(8, "passes of each probe over its readings", type=COUNT)
     eval_problems: int = opt(1000, "held-out problems in an evaluation, split evenly over --digits", type=COUNT)
     log_every: int = opt(100, "training steps between log lines", type=COUNT)
-    save_every: float = opt(60.0, "seconds between checkpoints", type=number(float, 0))
-
+    save_every: float = opt(60.0, "seconds between checkpoints", type=POSITIVE)
     @property
     def positions(self):
         return 256 if self.model == "tiny" else 1024
-
     @property
     def pretrained(self):
         return self.init == "pretrained" or self.init == "auto" and self.model != "tiny"
 
     @property
-    def read_layer(self):
-        """The seed's "Layer 18" is the output of its block 18, counted from 0: layer 19."""
-        return 19 if self.protocol == "seed" else math.ceil(self.read_depth * SIZES[self.model][0])
+    def layers(self):
+        """The layers read, lowest first. The seed's "Layer 18" is the output of block 18, counted from 0: layer 19."""
+        depth = SIZES[self.model][0]
+        return (19,) if self.protocol == "seed" else tuple(sorted({math.ceil(x * depth) for x in self.read_layers}))
 
     @property
     def inject_layer(self):
-        """The layer before the one read (as the seed has it); readings of layer 0 or 1 enter at layer 0."""
-        return max(self.read_layer - 1, 0)
+        """The layer before the highest one read (as the seed has it); readings of layers 0 and 1 enter at layer 0."""
+        return max(max(self.layers) - 1, 0)
 
     @property
     def curriculum(self):
-        """Stages in order: 0, then the last 1, 2, 3 slots latent, then all (as the number of latent slots)."""
+        """Stages in order: 0, then the last 1, 2, 3 slots latent, then all (as the number of latent slots); one more
+        stands for all of them latent and the bottleneck."""
         most = max(self.digits) + 1
-        return [k for k in (0, 1, 2, 3) if k < most] + [most]
+        return [k for k in (0, 1, 2, 3) if k < most] + [most] + [most + 1] * self.bottleneck
 
 # What differs from tiny's defaults where weights are large or pretrained. From the field (Coconut: lr 1e-4, batch
 # 128), not tuned by us: see the README for which defaults have been run.
 LARGE = {"batch_size": 128, "text_lr": 1e-4, "latent_lr": 1e-4, "oracle_lr": 1e-4, "lora_lr": 1e-4, "text_muon": 0.0,
-         "oracle_muon": 0.0, "lora_muon": 0.0, "text_decay": 0.01, "latent_decay": 0.01, "text_steps": 2000,
-         "stage_steps": 500, "latent_steps": 3000, "oracle_steps": 6000, "lora_steps": 6000}
+         "oracle_muon": 0.0, "lora_muon": 0.0, "text_decay": 0.01, "latent_decay": 0.01, "bottleneck_decay": 0.01,
+         "text_steps": 2000, "stage_steps": 500, "latent_steps": 3000, "bottleneck_steps": 1500, "oracle_steps": 6000,
+         "lora_steps": 6000}
 # The seed's published checkpoints: of GPT-2-large, on sums of 2 to 4 digits, readings as they are.
 SEED = {"model": "gpt2-large", "digits": (2, 3, 4), "whiten": False}
 # What a later part may set for itself; everything else is as it was when the run's coconut was trained.
@@ -192,11 +200,10 @@ def parse(argv):
     parser = Parser(prog="cocoracle.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for field in dataclasses.fields(Config):
-        extra = dict(field.metadata)
-        if field.type is bool and "action" not in extra:
-            extra["action"] = "store_true"
-        extra["help"] += "" if field.default in (None, "", False) else f" (default {field.default})"
-        parser.add_argument("--" + field.name.replace("_", "-"), **extra)
+        extra = {"action": argparse.BooleanOptionalAction} if field.type is bool else {}
+        note = "" if field.default in (None, "", False) else f" (default {field.default})"
+        help = field.metadata["help"] + note
+        parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata | extra | {"help": help})
     given = vars(parser.parse_args(argv))
     seed = given.get("protocol") == "seed"
     stage, out = given.get("stage", "all"), given.get("out") or f"runs/{'seed' if seed else given.get('model', 'tiny')}"
@@ -224,15 +231,11 @@ def parse(argv):
 def load_json(path):
     """The object in a JSON file; {} where there is no file. Raises UserError on a damaged one."""
     try:
-        content = json.loads(path.read_text())
-        if isinstance(content, dict):
-            return content
-        e = "not an object"
+        return {**json.loads(path.read_text())}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        e = error
-    raise UserError(f"cannot read {path} ({e}): restore it, or choose another --out")
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"cannot read {path} ({e}): restore it, or choose another --out") from None
 
 # -----------------------------------------------------------------------------------------------------------
 # 3. Arithmetic and text
@@ -314,14 +317,13 @@ class Text:
     From scratch the vocabulary is the 256 bytes, then the words of the task whole (tiktoken takes a piece that is in
     its ranks as one token), then <|endoftext|> and the four special tokens.
     """
-
     # GPT-2's pattern (openai/gpt-2 encoder.py) with ` ?\p{N}` in place of ` ?\p{N}+`
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
     def __init__(self, ranks=None, seed=False):
         self.seed = seed
         if ranks is None:
-            corpus = " ".join([q for family in QUESTIONS.values() for q in family] + ["Layer write carry"])
+            corpus = " ".join([q for asked in TRAINED.values() for q in asked] + ["Layer write carry"])
             words = sorted({w for word in re.findall(r"[A-Za-z]+", corpus) for w in (word, " " + word)})
             pieces = [bytes([i]) for i in range(256)] + [f" {d}".encode() for d in range(10)]
             ranks = {piece: i for i, piece in enumerate(pieces + [w.encode() for w in words if len(w) > 1])}
@@ -348,7 +350,6 @@ class Text:
 
 class Batch(NamedTuple):
     """Problems of one length. `*_target[t]` is the token that position t must predict, or IGNORE."""
-
     prefix: torch.Tensor  # (B, T) problem <bot> and the text steps, padded on the left
     valid: torch.Tensor  # (B, T) bool, False at padding
     text_target: torch.Tensor  # (B, T') for the last T' positions of the prefix: the text steps; T' = 0 without any
@@ -438,7 +439,6 @@ class Block(nn.Module):
 
 class Cache(NamedTuple):
     """What earlier calls leave to later ones."""
-
     kv: tuple  # per layer: keys and values, each (B, H, S, C/H)
     valid: torch.Tensor | None  # (B, S) bool: positions that may be attended to; None: all
     pos: torch.Tensor | int  # position of the next token: (B, 1), or one for all rows
@@ -515,17 +515,28 @@ def attention_mask(T, S, valid, device):
 
 # -----------------------------------------------------------------------------------------------------------
 # 5. Thinking: continuous thoughts (Coconut, section 3) and greedy writing
-def think(model, h, cache, n, read=()):
-    """n continuous thoughts: each takes the last hidden state of the position before as its input embedding.
+class Thoughts(NamedTuple):
+    """How the model is to think: how many thoughts, what they are fed, and what the answer sees of the rest."""
+    count: int
+    pause: int | None = None  # feed this token's embedding instead of the last hidden state
+    bottleneck: bool = False  # drop the prefix from the cache afterwards: the answer sees the thoughts alone
 
-    h (B, 1, C): hidden state of the position before. -> h after the last thought, the longer cache, and readings
-    (B, n, len(read), C) or None. Gradients pass through all thoughts.
+def think(model, h, cache, thoughts, read=()):
+    """Continuous thoughts: each takes the last hidden state of the position before as its input embedding.
+
+    h (B, 1, C): hidden state of the position before. -> the cache for the answer, and readings (B, K, len(read), C) or
+    None. Gradients pass through all thoughts.
     """
     readings = []
-    for _ in range(n):
-        h, cache, reading = model(h, cache, read=read)
+    for _ in range(thoughts.count):
+        x = h if thoughts.pause is None else model.wte.weight[thoughts.pause].expand_as(h)
+        h, cache, reading = model(x, cache, read=read)
         readings.append(reading)
-    return h, cache, torch.cat(readings, dim=1) if read and n else None
+    if thoughts.bottleneck:
+        K = thoughts.count
+        valid = None if cache.valid is None else cache.valid[:, -K:]
+        cache = Cache(tuple((k[:, :, -K:], v[:, :, -K:]) for k, v in cache.kv), valid, cache.pos)
+    return cache, torch.cat(readings, dim=1) if read and readings else None
 
 @torch.no_grad()
 def write(model, h, cache, stop, limit, times=1, hold=(0, ())):
@@ -550,40 +561,48 @@ def write(model, h, cache, stop, limit, times=1, hold=(0, ())):
         h = torch.where(alive[:, None, None], new, h)
     return torch.stack(out, dim=1), h, cache
 
-def n_thoughts(cfg, text, pairs, k):
-    """Stage k on problems of one length -> (text slots, thoughts). k None: answer at once. The seed's protocol takes
-    the number of thoughts from the gold steps (and so tells the final carry); ours is known from the problem alone."""
-    if k is None:
-        return 0, 0
+def plan(cfg, text, pairs, k):
+    """Stage k on problems of one length -> (number of text slots, Thoughts). k None: answer at once. In the seed's
+    protocol there are as many thoughts as gold steps, which tells the final carry; in ours D+1."""
     slots = len(text.steps(*pairs[0].tolist()))
-    latent = min(k, slots)
-    return slots - latent, latent * cfg.thoughts_per_slot
+    latent = min(k or 0, slots)
+    return 0 if k is None else slots - latent, Thoughts(
+        latent * cfg.thoughts_per_slot, text.bot if cfg.thoughts == "pause" else None, (k or 0) > max(cfg.digits) + 1)
 
 @torch.no_grad()
-def solve(cfg, text, model, pairs, k, read=()):
-    """Answer problems (n, 2) of one length from the problem alone, at stage k: own text steps, thoughts, answer.
-
-    -> list of n answers (as text), readings (n, K, len(read), C) or None.
-    """
-    text_slots, thoughts = n_thoughts(cfg, text, pairs, k)
+def ponder(cfg, text, model, pairs, k, read=()):
+    """Read problems (n, 2) of one length, write the text steps of stage k, think. -> cache, readings as of think()."""
+    text_slots, thoughts = plan(cfg, text, pairs, k)
     batch = make_batch(text, pairs, 0, model.wte.weight.device)
     h, cache, _ = model(model.wte(batch.prefix), valid=batch.valid, last=1)
     if text_slots:
         longest = len(text.ids(column_text(9, 9, 1, 9, 1))) + 1
         _, h, cache = write(model, h, cache, text.sep, limit=text_slots * longest, times=text_slots)
-    h, cache, readings = think(model, h, cache, thoughts, read)
-    h, cache, _ = model(model.wte(batch.answer[:, :1]), cache)
-    ids, _, _ = write(model, h, cache, text.eos, limit=15 if text.seed else len(str(pairs[0, 0])) + 3)
+    return think(model, h, cache, thoughts, read)
+
+@torch.no_grad()
+def answer(text, model, cache, digits):
+    """Greedy answers (a list of text) after the thoughts in the cache; "..." stands for a missing end token."""
+    B = cache.kv[0][0].shape[0]
+    eot = torch.full((B, 1), text.eot, device=model.wte.weight.device)
+    h, cache, _ = model(model.wte(eot), cache)
+    ids, _, _ = write(model, h, cache, text.eos, limit=15 if text.seed else digits + 3)
     answers = [text.show(row) if text.eos in row else text.show(row) + "..." for row in ids.tolist()]
     if text.seed:  # its model never learnt to end an answer; its demo stops at the first character that is no digit
-        answers = [re.match(r"\s*(\d*)", answer)[1] for answer in answers]
-    return answers, readings
+        answers = [re.match(r"\s*(\d*)", said)[1] for said in answers]
+    return answers
+
+def exchange(cache, donor, at):
+    """The cache with the donor's keys and values at the thoughts where `at` (B, K) bool is True: all that later
+    positions see of them. Both caches end in K thoughts."""
+    def mix(own, other):  # (B, H, S, C/H)
+        return torch.where(F.pad(at, (own.shape[2] - at.shape[1], 0))[:, None, :, None], other, own)
+    return cache._replace(kv=tuple((mix(k, dk), mix(v, dv)) for (k, v), (dk, dv) in zip(cache.kv, donor.kv)))
 
 # -----------------------------------------------------------------------------------------------------------
 # 6. Injection (Activation Oracles, section 3) and LoRA
 class Injection(NamedTuple):
     """Readings to be added to the residual stream: h' = h + scale * ||h|| * v / ||v||, at given positions only."""
-
     layer: int
     vectors: torch.Tensor  # (B, A, C), one per <act> token
     positions: torch.Tensor  # (B, A)
@@ -617,7 +636,6 @@ def add_lora(model, rank):
 # 7. Training kit
 class Run(NamedTuple):
     """What every part needs: configuration, text, directory. Weights and figures live in the directory."""
-
     cfg: Config
     text: Text
     out: Path
@@ -685,17 +703,9 @@ def record(run, **sections):
     def merge(old, new):
         both = isinstance(old, dict) and isinstance(new, dict)
         return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}} if both else new
-
     results = merge(load_json(run.out / "results.json"), sections)
     write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
-
-def save_last(run, part, step, params, optimizers):
-    """last.pt: where training stands, for --resume."""
-    state = {"part": part, "step": step, "params": [p.detach() for p in params],
-             "optimizers": [o.state_dict() for o in optimizers]}
-    torch.save(state, run.out / "last.pt.tmp")
-    os.replace(run.out / "last.pt.tmp", run.out / "last.pt")
 
 def load_last(run, part=None, params=(), optimizers=()):
     """With --resume: the part and step that last.pt stands at; if that is `part`, its state goes into the arguments."""
@@ -719,9 +729,9 @@ def make_optimizers(model, lr, muon_lr=0.0, decay=0.01):
 
     After 500 oracle steps on the same thoughts, Muon's oracle read 0.70 of the steps, AdamW's 0.48 (validation).
     """
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in params if muon_lr and p.ndim == 2 and name.startswith("h.")]
-    rest = [p for _, p in params if not any(p is m for m in matrices)]
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in params.items() if muon_lr and p.ndim == 2 and name.startswith("h.")]
+    rest = [p for p in params.values() if all(p is not m for m in matrices)]
     optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=decay, fused=True)] if rest else []
     optimizers += [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.0)] if matrices else []
     for group in [g for o in optimizers for g in o.param_groups]:
@@ -750,17 +760,17 @@ def fit(run, part, model, optimizers, loss_of, steps):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         sums += torch.stack([loss.detach(), exact.mean()])  # stays on the device: no wait for it within the interval
-        count += 1
+        count, now = count + 1, time.time()
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            loss_now, exact_now = (sums / count).tolist()
-            now = time.time()
-            log(run, part, step + 1, steps, loss_now, exact_now, cfg.batch_size * count / (now - logged),
+            log(run, part, step + 1, steps, *(sums / count).tolist(), cfg.batch_size * count / (now - logged),
                 (now - begin) / (step + 1 - first) * (steps - step - 1))
+            logged, count = time.time(), 0
             sums.zero_()
-            logged, count = now, 0
-        if time.time() - saved > cfg.save_every or step + 1 == steps:
-            save_last(run, part, step + 1, params, optimizers)
-            saved = time.time()
+        if now - saved > cfg.save_every or step + 1 == steps:
+            torch.save({"part": part, "step": step + 1, "params": [p.detach() for p in params],
+                        "optimizers": [o.state_dict() for o in optimizers]}, run.out / "last.pt.tmp")
+            os.replace(run.out / "last.pt.tmp", run.out / "last.pt")
+            saved = now
 
 def log(run, part, step, steps, loss, exact, speed, eta):
     """One line on the terminal and one object in log.jsonl."""
@@ -779,9 +789,9 @@ def coconut_loss(model, batch, thoughts):
     """
     n_text = batch.text_target.shape[1]
     h, cache, _ = model(model.wte(batch.prefix), valid=batch.valid, last=max(n_text, 1))
-    _, cache, _ = think(model, h[:, -1:], cache, thoughts)
-    answer, _, _ = model(model.wte(batch.answer), cache)
-    written = torch.cat([h[:, h.shape[1] - n_text:], answer], dim=1)  # logits only where they are used
+    cache, _ = think(model, h[:, -1:], cache, thoughts)
+    said, _, _ = model(model.wte(batch.answer), cache)
+    written = torch.cat([h[:, h.shape[1] - n_text:], said], dim=1)  # logits only where they are used
     target = torch.cat([batch.text_target, batch.answer_target], dim=1)
     logits = model.logits(written)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE)
@@ -792,15 +802,15 @@ def all_right(logits, target):
     return ((logits.argmax(-1) == target) | (target == IGNORE)).all(dim=1).float()
 
 def coconut_batch(run, step, k, purpose, size):
-    """The training batch of a step at stage k, and its number of thoughts: one operand length a batch."""
+    """The training batch of a step at stage k, and its Thoughts: one operand length a batch."""
     cfg = run.cfg
     rng = rng_of(cfg.seed, purpose, step)
     pairs = draw(rng, TRAIN, int(rng.choice(cfg.digits)), size)
-    text_slots, thoughts = n_thoughts(cfg, run.text, pairs, k)
+    text_slots, thoughts = plan(cfg, run.text, pairs, k)
     return make_batch(run.text, pairs, text_slots, cfg.device), thoughts
 
 def stage_name(cfg, k):
-    return "all" if k == cfg.curriculum[-1] else str(k)
+    return {max(cfg.digits) + 1: "all", max(cfg.digits) + 2: "bottleneck"}.get(k, str(k))
 
 def train_coconut(run):
     """The curriculum: text, then ever more latent slots. Each stage is measured on the test split as it ends."""
@@ -813,14 +823,13 @@ def train_coconut(run):
             again = rng_of(cfg.seed, "mix", step).random() < cfg.mix
             batch, thoughts = coconut_batch(run, step, 0 if again else k, name, cfg.batch_size)
             return coconut_loss(model, batch, thoughts)
-
-        steps = {0: cfg.text_steps, cfg.curriculum[-1]: cfg.latent_steps}.get(k, k * cfg.stage_steps)
+        steps = {"0": cfg.text_steps, "all": cfg.latent_steps, "bottleneck": cfg.bottleneck_steps}
         # Muon is the quickest. AdamW with this much weight decay leaves more in a thought to read: after 600 oracle
         # steps, decay 0.5 and learning rate 1e-3 gave 0.73 of the steps, 1.0 and 1e-3 0.82, 1.0 and 2e-3 0.87.
-        latent = k > max(cfg.digits)
-        optimizers = make_optimizers(model, *((cfg.latent_lr, 0, cfg.latent_decay) if latent else
-                                              (cfg.text_lr, cfg.text_muon, cfg.text_decay)))
-        fit(run, name, model, optimizers, loss_of, steps)
+        recipe = {"all": (cfg.latent_lr, 0, cfg.latent_decay), "bottleneck": (cfg.latent_lr, 0, cfg.bottleneck_decay)}
+        recipe = recipe.get(stage_name(cfg, k), (cfg.text_lr, cfg.text_muon, cfg.text_decay))
+        fit(run, name, model, make_optimizers(model, *recipe), loss_of,
+            steps.get(stage_name(cfg, k), k * cfg.stage_steps))
         if k == 0 and not cfg.pretrained:
             write_safetensors(run.out / "base.safetensors", model.state_dict())
         scores = coconut_scores(run, model, k)
@@ -833,13 +842,11 @@ def train_coconut(run):
 # 9. Oracles: read a thought's hidden state in words
 class Pool(NamedTuple):
     """Readings of all slots of some problems, problem after problem, with what they are readings of."""
-
-    vectors: torch.Tensor  # (N, C)
+    vectors: torch.Tensor  # (N, R, C), one for each layer read
     pairs: np.ndarray  # (N, 2)
     slot: np.ndarray  # (N,)
     slots: np.ndarray  # (N,) number of slots of the problem
     text: Text
-
     @property
     def final(self):
         """(N,) bool: the slots of the final carry."""
@@ -852,23 +859,20 @@ class Pool(NamedTuple):
             return self.text.steps(a, b)[self.slot[i]]
         return str(a + b) if family == "answer" else self.text.problem(a, b)
 
-def collect(run, model, problems):
+def collect(run, model, problems, white=lambda vectors: vectors):
     """Let the model think about problems (a list of (n, 2), one per length), all slots latent -> Pool."""
     cfg, parts = run.cfg, []
     for pairs in problems:
-        slots = len(run.text.steps(*pairs[0].tolist()))
-        batch = make_batch(run.text, pairs, 0, cfg.device)
-        with torch.no_grad(), amp(cfg):
-            h, cache, _ = model(model.wte(batch.prefix), valid=batch.valid, last=1)
-            _, _, read = think(model, h, cache, slots * cfg.thoughts_per_slot, read=(cfg.read_layer,))
-        read = read[:, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot, 0]  # a slot's last thought: (n, slots, C)
-        n = len(pairs)
-        parts.append(Pool(read.flatten(0, 1).float(), pairs.repeat(slots, axis=0), np.tile(np.arange(slots), n),
+        with amp(cfg):
+            _, read = ponder(cfg, run.text, model, pairs, cfg.curriculum[-1], read=cfg.layers)
+        read = read[:, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot]  # a slot's last thought: (n, slots, R, C)
+        n, slots = read.shape[:2]
+        parts.append(Pool(white(read.flatten(0, 1)).float(), pairs.repeat(slots, axis=0), np.tile(np.arange(slots), n),
                           np.full(n * slots, slots), run.text))
     return Pool(torch.cat([p.vectors for p in parts]), *(np.concatenate(x) for x in list(zip(*parts))[1:4]), run.text)
 
-def reader(run, model):
-    """-> read(problems): collect(), and with --whiten each reading centred and rescaled to unit variance all ways.
+def whitener(run, model):
+    """-> function of readings (..., R, C): with --whiten, each layer's centred and of unit variance in all directions.
 
     Thoughts vary by orders of magnitude more along what the model uses than along the rest; injected as they are, the
     rest is lost. ZCA (Kessy et al. 2018) is the whitening that stays closest to the residual stream's own axes. Its
@@ -876,36 +880,35 @@ def reader(run, model):
     """
     cfg = run.cfg
     if not cfg.whiten:
-        return lambda problems: collect(run, model, problems)
+        return lambda vectors: vectors
     train = chunks(draw(rng_of(cfg.seed, "whiten", d), TRAIN, d, 1000) for d in cfg.digits)
-    x = collect(run, model, train).vectors.double()
-    variance, axes = torch.linalg.eigh(torch.cov((x - x.mean(0)).T))
-    zca = axes @ torch.diag((variance.clamp_min(0) + 1e-6 * variance.max()).rsqrt()) @ axes.T
+    x, zca = collect(run, model, train).vectors.double(), []
+    for layer in (x - x.mean(0)).unbind(1):
+        variance, axes = torch.linalg.eigh(torch.cov(layer.T))
+        zca.append(axes @ torch.diag((variance.clamp_min(0) + 1e-6 * variance.max()).rsqrt()) @ axes.T)
+    mean, zca = x.mean(0), torch.stack(zca)
+    # float64: autocast leaves it alone
+    return lambda vectors: torch.einsum("...rc,rcd->...rd", vectors.double() - mean, zca).float()
 
-    def read(problems):
-        pool = collect(run, model, problems)  # float64: autocast leaves it alone
-        return pool._replace(vectors=((pool.vectors.double() - x.mean(0)) @ zca).float())
-
-    return read
-
-def prompt(cfg, question):
-    return f"Layer {cfg.read_layer - (cfg.protocol == 'seed')}: <act> {question}"
+def prompt(cfg, question, acts=1):
+    layers = ", ".join(str(layer - (cfg.protocol == "seed")) for layer in cfg.layers)
+    return f"Layer {layers}: {'<act>' * acts} {question}"
 
 def oracle_rows(text, prompts, targets, device):
     """Prompts with their targets -> ids (B, T), targets (B, T') for the last T' positions with IGNORE over the prompt,
-    <act> positions (B, 1). Built from token ids: the prompt's and the target's are joined, never their strings.
+    <act> positions (B, A). Built from token ids: the prompt's and the target's are joined, never their strings.
     """
     pairs = [(text.ids(p), (*text.ids(t), text.eos)) for p, t in zip(prompts, targets)]
     ids = pad([(p + t)[:-1] for p, t in pairs], text.eos)
     target = pad([(IGNORE,) * (len(p) - 1) + t for p, t in pairs], IGNORE)
     target = np.ascontiguousarray(target[:, min(len(p) for p, _ in pairs) - 1:])
-    act = np.array([[p.index(text.act)] for p, _ in pairs])
+    act = np.array([[at for at, i in enumerate(p) if i == text.act] for p, _ in pairs])
     return tuple(torch.from_numpy(x).to(device) for x in (ids, target, act))
 
 def oracle_loss(cfg, model, rows, vectors):
-    """Cross-entropy of the targets given readings (B, C). -> mean loss, (B,) 1. where all is right."""
+    """Cross-entropy of the targets given readings (B, A, C). -> mean loss, (B,) 1. where all is right."""
     ids, target, act = rows
-    injection = Injection(cfg.inject_layer, vectors[:, None], act, cfg.scale)
+    injection = Injection(cfg.inject_layer, vectors, act, cfg.scale)
     h, _, _ = model(model.wte(ids), inject=injection, last=target.shape[1])
     logits = model.logits(h)
     return (F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE),
@@ -919,18 +922,16 @@ def oracle_batches(run, coconut, split, purpose, size):
     answer, 3% for the problem (the seed asks these of it, too).
     All rows of a batch ask a family in one phrasing: less padding.
     """
-    cfg, read = run.cfg, reader(run, coconut)
+    cfg, white = run.cfg, whitener(run, coconut)
     count = {d: 2 * (max(256, size) >> (max(cfg.digits) - d)) for d in cfg.digits}
     per_pool = sum(n * d + n // 2 for d, n in count.items()) // size
-
     @lru_cache(maxsize=1)
     def pool_at(refill):
         rng = rng_of(cfg.seed, purpose, "pool", refill)
-        pool = read([draw(rng, split, d, n) for d, n in count.items()])
+        pool = collect(run, coconut, [draw(rng, split, d, n) for d, n in count.items()], white)
         # The last slot has two answers: those of every other problem will do.
         asked = ~pool.final | (np.cumsum(pool.slot == 0) % 2 == 0)
         return pool, rng.permutation(np.flatnonzero(asked)), np.flatnonzero(pool.final)
-
     def batch_at(step):
         pool, order, final = pool_at(step // per_pool)
         rng = rng_of(cfg.seed, purpose, step)
@@ -939,18 +940,16 @@ def oracle_batches(run, coconut, split, purpose, size):
         families = rng.choice(list(QUESTIONS), size=len(index), p=(0.94, 0.03, 0.03))
         whole = families != "step"
         index[whole] = rng.choice(final, size=whole.sum())
-        asked = {family: prompt(cfg, str(rng.choice(TRAINED[family]))) for family in QUESTIONS}
+        asked = {family: prompt(cfg, str(rng.choice(TRAINED[family])), len(cfg.layers)) for family in QUESTIONS}
         targets = [pool.target(i, f) for i, f in zip(index, families)]
         rows = oracle_rows(run.text, [asked[f] for f in families], targets, cfg.device)
         return rows, pool.vectors[torch.from_numpy(index)]
-
     return batch_at
 
 def train_oracle(run):
     """Self-oracle: the Coconut model, fine-tuned to read the thoughts of its frozen former self."""
     cfg, coconut, model = run.cfg, load_model(run, "coconut"), load_model(run, "coconut")
     batch_at = oracle_batches(run, coconut, TRAIN, "oracle", cfg.batch_size)
-
     def loss_of(step):
         loss, exact = oracle_loss(cfg, model, *batch_at(step))
         rng = rng_of(cfg.seed, "which rehearsal", step)
@@ -962,7 +961,6 @@ def train_oracle(run):
             batch, thoughts = coconut_batch(run, step, k, "rehearsal", math.ceil(cfg.batch_size / 4))
             loss = loss + coconut_loss(model, batch, thoughts)[0]
         return loss, exact
-
     fit(run, "oracle", model, make_optimizers(model, cfg.oracle_lr, cfg.oracle_muon), loss_of, cfg.oracle_steps)
     write_safetensors(run.out / "oracle.safetensors", model.state_dict())
 
@@ -973,20 +971,19 @@ def train_lora(run):
     batch_at = oracle_batches(run, coconut, TRAIN, "oracle", cfg.batch_size)
     fit(run, "lora", model, make_optimizers(model, cfg.lora_lr, cfg.lora_muon),
         lambda step: oracle_loss(cfg, model, *batch_at(step)), cfg.lora_steps)
-    adapters = {name: p for name, p in model.state_dict().items() if ".lora_" in name}
-    write_safetensors(run.out / "lora.safetensors", adapters)
+    write_safetensors(run.out / "lora.safetensors", {k: p for k, p in model.state_dict().items() if ".lora_" in k})
 
 def ask(run, oracle, vectors, question):
-    """The oracle's greedy answers to one question about readings (N, C); a zero reading injects nothing."""
+    """The oracle's greedy answers to one question about readings (N, A, C); a zero reading injects nothing."""
     cfg, text, answers = run.cfg, run.text, []
-    ids = torch.tensor([text.ids(prompt(cfg, question))], device=cfg.device)
-    at = (ids == text.act).nonzero()[:, 1:]
+    ids = torch.tensor([text.ids(prompt(cfg, question, vectors.shape[1]))], device=cfg.device)
+    at = (ids == text.act).nonzero()[:, 1][None]
     # The seed's oracle never learnt to begin its answer, and is asked for it so (scripts/10, evaluate).
     short = question == SEED_QUESTIONS["answer"]
     hold = (text.seed * (2 if short else 3), (text.eos, text.bot, text.sep, text.eot, text.act))
     for chunk in vectors.split(1024):
         n = len(chunk)
-        injection = Injection(cfg.inject_layer, chunk[:, None], at.expand(n, 1), cfg.scale)
+        injection = Injection(cfg.inject_layer, chunk, at.expand(n, -1), cfg.scale)
         with torch.no_grad(), amp(cfg):
             h, cache, _ = oracle(oracle.wte(ids.expand(n, -1)), inject=injection, last=1)
             written, _, _ = write(oracle, h, cache, text.eos, limit=10 if text.seed and short else 25, hold=hold)
@@ -1004,16 +1001,15 @@ def new_probe(width, hidden=0):
     body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), *body, nn.Linear(hidden or width, sum(PROBED.values())))
 
-def probe_data(read, problems):
-    """-> readings (N, C) and labels (N, 5), final slots left out: they have no operands."""
-    pool = read(problems)
+def probe_data(pool):
+    """-> readings (N, R C) and labels (N, 5), final slots left out: they have no operands."""
     keep = ~pool.final
     labels = []
     for (a, b), slot in zip(pool.pairs[keep].tolist(), pool.slot[keep]):
         da, db, carry, digit, _ = columns(a, b)[slot]
         labels.append((da, db, carry, digit, (da * 10 + db) * 2 + carry))
     keep = torch.from_numpy(keep)
-    return pool.vectors[keep.to(pool.vectors.device)], torch.tensor(labels, device=pool.vectors.device)
+    return pool.vectors[keep.to(pool.vectors.device)].flatten(1), torch.tensor(labels, device=pool.vectors.device)
 
 def probe_hits(probe, x, y):
     """-> bool (N, 5): which labels the probe gets right."""
@@ -1046,10 +1042,13 @@ def fit_probe(run, hidden, train, validation):
 
 def train_probes(run):
     """Linear and one-hidden-layer probes: trained on train, chosen on validation, reported once on test."""
-    cfg, read = run.cfg, reader(run, load_model(run, "coconut"))
-    sets = [probe_data(read, chunks(draw(rng_of(cfg.seed, "probes", split, d), split, d, n) for d in cfg.digits))
+    cfg, coconut = run.cfg, load_model(run, "coconut")
+    white = whitener(run, coconut)
+    def data(problems):
+        return probe_data(collect(run, coconut, problems, white))
+    sets = [data(chunks(draw(rng_of(cfg.seed, "probes", split, d), split, d, n) for d in cfg.digits))
             for split, n in ((TRAIN, cfg.probe_problems), (VALIDATION, 1000))]
-    test = probe_data(read, test_problems(run))
+    test = data(test_problems(run))
     weights, scores = {}, {}
     for kind, hidden in (("linear", 0), ("mlp", 512)):
         probe = fit_probe(run, hidden, *sets)
@@ -1063,15 +1062,17 @@ def train_probes(run):
 # -----------------------------------------------------------------------------------------------------------
 # 11. Evaluation: rates with their intervals, controls, the report
 def rate(hits):
-    """Array of bool -> {"exact", "n", "ci95"}: a share in [0, 1] with its Wilson 95% interval (Wilson 1927)."""
+    """Array of bool -> {"exact", "n", "ci95"}: a share in [0, 1] (or None) with its Wilson 95% interval (1927)."""
     n, z = len(hits), 1.959964
+    if not n:
+        return {"exact": None, "n": 0, "ci95": [0.0, 1.0]}
     p = float(np.mean(hits))
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     return {"exact": p, "n": n, "ci95": [max(0.0, min(p, low)), min(1.0, max(p, high))]}  # p: against rounding
 
 def show_rate(r):
-    return f"{r['exact']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}] n={r['n']}"
+    return f"{r['exact']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}] n={r['n']}" if r["n"] else "n=0"
 
 def test_problems(run):
     """The held-out problems of every evaluation, distinct, in batches (<= 250, 2) of one length and number of steps."""
@@ -1089,9 +1090,9 @@ def coconut_scores(run, model, k):
     cfg, by_digits, forced = run.cfg, {}, []
     for pairs in test_problems(run):
         digits = len(str(pairs[0, 0]))
-        text_slots, thoughts = n_thoughts(cfg, run.text, pairs, k)
+        text_slots, thoughts = plan(cfg, run.text, pairs, k)
         with torch.no_grad(), amp(cfg):
-            answers, _ = solve(cfg, run.text, model, pairs, k)
+            answers = answer(run.text, model, ponder(cfg, run.text, model, pairs, k)[0], digits)
             forced += coconut_loss(model, make_batch(run.text, pairs, text_slots, cfg.device), thoughts)[1].tolist()
         by_digits.setdefault(str(digits), []).extend(s == str(a + b) for s, (a, b) in zip(answers, pairs.tolist()))
     return {**rate(sum(by_digits.values(), [])), "teacher_forced": rate(forced),
@@ -1100,15 +1101,14 @@ def coconut_scores(run, model, k):
 def score_steps(said, gold, final):
     """Lists of said and gold steps, bool array of final-carry slots -> S (see the README).
 
-    operands: both digits and the carry-in right; result: written digit and carry-out right (both without the final
-    slot, which has neither); token_f1: of the sets of white-space-separated words, as the seed counts it.
+    operands: both digits and the carry-in right; result: digit and carry-out right (both without the final slot, which
+    has neither); token_f1: of the sets of white-space-separated words, as the seed counts it.
     """
     exact = np.array([s == g for s, g in zip(said, gold)])
     operands = np.array([s.partition("=")[0] == g.partition("=")[0] for s, g in zip(said, gold)])
     result = np.array([s.partition(" write ")[2] == g.partition(" write ")[2] for s, g in zip(said, gold)])
-    f1 = []
-    for s, g in zip(map(str.split, said), map(str.split, gold)):
-        f1.append(2 * len(set(s) & set(g)) / (len(set(s)) + len(set(g))))
+    words = [(set(s.split()), set(g.split())) for s, g in zip(said, gold)]
+    f1 = [2 * len(s & g) / (len(s) + len(g)) for s, g in words]
     inner = rate(exact[~final])
     return {**rate(exact), "operands": float(operands[~final].mean()), "result": float(result[~final].mean()),
             "token_f1": float(np.mean(f1)), "exact_no_final": inner["exact"], "n_no_final": inner["n"],
@@ -1132,14 +1132,14 @@ def other_reading(kind, pool, rng):
 
 def majorities(run):
     """The most frequent training step overall, and in each (number of slots, slot): baselines that read nothing."""
-    by_slot = {}
+    seen, overall = Counter(), Counter()
     for d in run.cfg.digits:
         for a, b in draw(rng_of(run.cfg.seed, "majority", d), TRAIN, d, 5000).tolist():
             steps = run.text.steps(a, b)
-            for slot, step in enumerate(steps):
-                by_slot.setdefault((len(steps), slot), Counter())[step] += 1
-    most = {key: counts.most_common(1)[0][0] for key, counts in by_slot.items()}
-    return sum(by_slot.values(), Counter()).most_common(1)[0][0], most
+            seen.update((len(steps), slot, step) for slot, step in enumerate(steps))
+            overall.update(steps)
+    by_slot = {key[:2]: key[2] for key, _ in reversed(seen.most_common())}  # the most frequent comes last, and stays
+    return overall.most_common(1)[0][0], by_slot
 
 def control_scores(run, oracle, pool):
     """Step scores with the wrong vector, or with none, and of baselines that read nothing -> {name: S}."""
@@ -1173,39 +1173,75 @@ def oracle_scores(run, oracle, pool):
             scores[family] = rate(right)
     return scores
 
-def validation_loss(run, oracle, coconut):
-    """Mean loss of ten batches of training phrasings about validation problems."""
-    batch_at = oracle_batches(run, coconut, VALIDATION, "validation", 256)
-    with torch.no_grad(), amp(run.cfg):
-        return float(np.mean([oracle_loss(run.cfg, oracle, *batch_at(i))[0].item() for i in range(10)]))
+def digits_of(answers, D):
+    """Answers as text -> (n, D) str: the digits of the lowest D columns, lowest first; "" where there is none."""
+    return np.array([[said[::-1][c:c + 1] for c in range(D)] for said in answers])
+
+def causal_scores(run, model):
+    """What the answer does when thoughts are exchanged: their keys and values, which is all that it sees of them.
+
+    keep: answers that stay as they were with all thoughts (and by_slot, with one) replaced by the mean thought of their
+    slot, another problem's (swap), or noise of the same norm. interchange: with all of another problem's, whose answer
+    is it? map: slot x column, of the digits in which the two answers differ, the share that becomes the other's.
+    """
+    cfg, hits, generator = run.cfg, defaultdict(list), torch.Generator(run.cfg.device).manual_seed(run.cfg.seed)
+    changes = {"mean": lambda x: x.mean(0, keepdim=True), "swap": lambda x: x.roll(1, 0),
+               "noise": lambda x: F.normalize(torch.randn(x.shape, generator=generator, device=x.device), dim=-1)
+               * x.norm(dim=-1, keepdim=True)}
+    for pairs in test_problems(run):
+        D, (cache, _) = len(str(pairs[0, 0])), ponder(cfg, run.text, model, pairs, cfg.curriculum[-1])
+        own = np.array(answer(run.text, model, cache, D))
+        other, slot_of = np.roll(own, 1), torch.arange((D + 1) * cfg.thoughts_per_slot) // cfg.thoughts_per_slot
+        for kind, change in changes.items():
+            donor = cache._replace(kv=tuple((change(k), change(v)) for k, v in cache.kv))
+            for slot in (*range(D + 1), "all"):
+                at = (slot_of == slot if slot != "all" else slot_of >= 0)[None].to(cfg.device)
+                said = np.array(answer(run.text, model, exchange(cache, donor, at), D))
+                hits["keep", kind, slot] += (said == own).tolist()
+                if (kind, slot) == ("swap", "all"):
+                    b, a = said == other, said == own
+                    for name, whose in (("b", b), ("a", a), ("neither", ~(a | b))):
+                        hits["interchange", name] += whose[own != other].tolist()
+                elif kind == "swap":
+                    a, b, now = (digits_of(texts, D) for texts in (own, other, said))
+                    for c in range(D):
+                        hits["map", D, slot, c] += (now == b)[:, c][(a != b)[:, c]].tolist()
+    slots = range(max(cfg.digits) + 1)
+    return {"keep": {kind: rate(hits["keep", kind, "all"]) for kind in changes},
+            "keep_by_slot": {kind: {str(slot): rate(hits["keep", kind, slot]) for slot in slots} for kind in changes},
+            "interchange": {name: rate(hits["interchange", name]) for name in ("b", "a", "neither")},
+            "map": {str(D): [[rate(hits["map", D, slot, c])["exact"] for c in range(D)] for slot in range(D + 1)]
+                    for D in cfg.digits}}
 
 def evaluate(run):
     """Everything that is measured on the test split -> results.json."""
     cfg, last = run.cfg, run.cfg.curriculum[-1]
     coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
-    pool, scores = reader(run, coconut)(test_problems(run)), coconut_scores(run, coconut, last)
-    sections = {"coconut": {"stages": {"all": scores}, "by_digits": scores["by_digits"],
+    pool = collect(run, coconut, test_problems(run), whitener(run, coconut))
+    scores = coconut_scores(run, coconut, last)
+    sections = {"coconut": {"stages": {stage_name(cfg, last): scores}, "by_digits": scores["by_digits"],
                             "teacher_forced": scores["teacher_forced"],
                             "no_thoughts": coconut_scores(run, coconut, None)},
                 "oracle": oracle_scores(run, oracle, pool), "controls": control_scores(run, oracle, pool)}
     if cfg.protocol == "own":
         lora = load_model(run, "lora")
         sections["lora"] = oracle_scores(run, lora, pool) | {"controls": control_scores(run, lora, pool)}
+        batch_at = oracle_batches(run, coconut, VALIDATION, "validation", 256)
         for name, model in (("oracle", oracle), ("lora", lora)):
-            sections[name]["val_loss"] = validation_loss(run, model, coconut)
+            with torch.no_grad(), amp(cfg):
+                losses = [oracle_loss(cfg, model, *batch_at(i))[0].item() for i in range(10)]
+            sections[name]["val_loss"] = float(np.mean(losses))
         sections["oracle"]["text_after"] = coconut_scores(run, oracle, 0)
+        sections["causal"] = causal_scores(run, coconut)
     sections["oracle"]["coconut_after"] = coconut_scores(run, oracle, last)
     record(run, config=load_json(run.out / "config.json"), env=environment(cfg), **sections)
 
 def environment(cfg):
     """Versions and hardware, for results.json."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                             cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git on this machine
-        git = ""
+    ask = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(ask, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     device = torch.cuda.get_device_name() if cfg.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return {"torch": torch.__version__, "device": device, "git": git}
+    return {"torch": torch.__version__, "device": device, "git": git.strip()}
 
 def print_table(results):
     """The report: every figure with n, its interval and the controls beside it."""
@@ -1224,14 +1260,24 @@ def print_table(results):
         lo, hi = s["ci95_no_final"]
         print(f"  {name:<30} {s['exact']:>8.3f}   {s['exact_no_final']:.3f} [{lo:.3f}, {hi:.3f}]   "
               f"{s['operands']:>10.3f} {s['result']:>7.3f} {s['token_f1']:>7.3f}")
-    print(f"  n = {results['oracle']['step']['n']} readings, {results['oracle']['step']['n_no_final']} "
-          "without the final slot")
+    print("  n = {n} readings, {n_no_final} without the final slot".format(**results["oracle"]["step"]))
     for name, r in oracles.items():
         print(f"  {name}: answer {show_rate(r['answer'])}, problem {show_rate(r['problem'])}")
     if "probes" in results:
         print("\nprobes (without the final slot)           " + "".join(f"{name:>8}" for name in PROBED))
         for kind, r in results["probes"].items():
             print(f"  {kind:<40}" + "".join(f"{r[name]['exact']:>8.3f}" for name in PROBED) + f"   n={r['step']['n']}")
+    if "causal" in results:
+        causal = results["causal"]
+        print("\ndo the thoughts matter? answers kept with all of them replaced")
+        for kind, r in causal["keep"].items():
+            print(f"  {kind:<33} {show_rate(r):>27}")
+        for name, whose in (("b", "the other's"), ("a", "its own")):
+            print(f"  swap: the answer is {whose:<13} {show_rate(causal['interchange'][name]):>27}")
+        for D, grid in causal["map"].items():
+            print(f"{D} digits, one thought swapped: share of differing digits that become the other's, by column")
+            for slot, row in enumerate(grid):
+                print(f"  slot {slot}  " + " ".join(f"{math.nan if x is None else x:6.2f}" for x in row))
     print("\nfirst mistakes of the self-oracle")
     for m in results["oracle"]["mistakes"]:
         print(f"  {m['problem'] + ' slot ' + str(m['slot']):<24} is {m['step']:<26} read as {m['read']}")
@@ -1266,14 +1312,11 @@ NEEDS = {"probes": ("coconut",), "oracle": ("coconut",), "lora": ("coconut", "ba
 def check(cfg, parts):
     """Refuse what cannot work before anything is written. Raises UserError."""
     out, own, slots = Path(cfg.out), cfg.protocol == "own", max(cfg.digits) + 1
-
     def done(part):
         return (out / f"{part}.safetensors").exists() or part == "base" and cfg.pretrained
-
     def refuse(condition, message):
         if condition:
             raise UserError(message)
-
     refuse(cfg.model == "tiny" and (cfg.pretrained or cfg.weights),
            "--model tiny has no released weights: choose --model gpt2, or leave --init and --weights out")
     refuse(cfg.weights and not cfg.pretrained, "--weights is not read with --init scratch: leave one of them out")
@@ -1282,16 +1325,14 @@ def check(cfg, parts):
     refuse(not own and not (cfg.stage == "eval" and cfg.coconut and cfg.oracle and cfg.pretrained),
            "--protocol seed measures published checkpoints: it takes --stage eval, --coconut FILE.pt and --oracle "
            "FILE.pt, and not --init scratch")
-    refuse(not own and SIZES[cfg.model][0] < cfg.read_layer,
-           f"--protocol seed reads layer {cfg.read_layer}, --model {cfg.model} has fewer: use --model gpt2-large")
+    refuse(not own and SIZES[cfg.model][0] < max(cfg.layers),
+           f"--protocol seed reads layer {max(cfg.layers)}, --model {cfg.model} has fewer: use --model gpt2-large")
     refuse(cfg.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda: torch finds no GPU: use --device cpu, or install a CUDA build of torch")
-    # problem and answer, longest step and <sep>
-    refuse(4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,
+    refuse(4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,  # 13: longest step and <sep>
            f"{cfg.positions} positions do not hold {max(cfg.digits)} digits with {cfg.thoughts_per_slot} thoughts a "
            "slot: lower --digits or --thoughts-per-slot")
-    refuse(cfg.resume and cfg.force,
-           "--resume keeps finished parts and --force trains them again: choose one")
+    refuse(cfg.resume and cfg.force, "--resume keeps finished parts and --force trains them again: choose one")
     refuse(cfg.resume and not (out / "config.json").exists(),
            f"--resume: there is no run in {out}: leave --resume out to start one")
     for need in NEEDS.get(cfg.stage, ()) if own else ():
@@ -1299,8 +1340,7 @@ def check(cfg, parts):
                f"run --stage {'coconut' if need == 'base' else need} --out {out} first")
     measured = load_json(out / "results.json")
     for part in ("coconut", "probes") if cfg.stage == "eval" and own else ():  # these are measured as they are trained
-        refuse(part not in measured,
-               f"{out / 'results.json'} lacks the {part} part: restore it, or train again with --force")
+        refuse(part not in measured, f"{out / 'results.json'} lacks the {part} part: restore it, or train with --force")
     found = [part for part in parts if done(part)] + ["last.pt"] * ("coconut" in parts and (out / "last.pt").exists())
     refuse(found and not cfg.resume and not cfg.force,
            f"{out} already has a run ({found and found[0]}): --resume goes on, --force trains it again, another --out "

@@ -176,7 +176,9 @@ def test_all_training_data_is_from_the_training_split(monkeypatch):
     assert len(seen) >= 7 and set(seen) == {co.TRAIN}
     seen.clear()
     monkeypatch.setattr(co, "load_model", lambda run, name: tiny())
-    monkeypatch.setattr(co, "probe_data", lambda read, problems: list(problems))
+    monkeypatch.setattr(co, "collect", lambda run, model, problems, white: list(problems))
+    monkeypatch.setattr(co, "whitener", lambda run, model: None)
+    monkeypatch.setattr(co, "probe_data", lambda problems: problems)
 
     def fitted(run, hidden, train, validation):
         assert all((co.split_of(*p.T) == co.TRAIN).all() for p in train)
@@ -229,8 +231,10 @@ def test_number_of_thoughts_does_not_tell_the_answers_length():
     """A problem with a final carry and one without have the same number of slots."""
     assert len(co.steps_of(999, 999)) == len(co.steps_of(100, 200)) == 4
     for pairs in (pairs_of((999, 999)), pairs_of((100, 200))):
-        assert co.n_thoughts(CFG, TEXT, pairs, 4) == (0, 4) and co.n_thoughts(CFG, TEXT, pairs, 2) == (2, 2)
-    assert co.n_thoughts(replace(CFG, thoughts_per_slot=2), TEXT, pairs_of((10, 10)), 4) == (0, 6)
+        assert co.plan(CFG, TEXT, pairs, 4) == (0, co.Thoughts(4))
+        assert co.plan(CFG, TEXT, pairs, 2) == (2, co.Thoughts(2))
+        assert co.plan(CFG, TEXT, pairs, None) == (0, co.Thoughts(0))
+    assert co.plan(replace(CFG, thoughts_per_slot=2), TEXT, pairs_of((10, 10)), 4) == (0, co.Thoughts(6))
     assert CFG.curriculum == [0, 1, 2, 3, 4] and replace(CFG, digits=(2,)).curriculum == [0, 1, 2, 3]
 
 # -----------------------------------------------------------------------------------------------------------
@@ -278,7 +282,7 @@ def test_padding_anywhere_changes_nothing():
     x, after = torch.randn(1, 7, 96), torch.randn(1, 3, 96)
     with torch.no_grad():
         h, cache, _ = model(x)
-        last, cache, _ = co.think(model, h[:, -1:], cache, 2)
+        cache, last = co.think(model, h[:, -1:], cache, co.Thoughts(2), read=(3,))
         end, _, _ = model(after, cache)
         for keep in ([3, 4, 5, 6, 7, 8, 9], [0, 2, 3, 5, 6, 7, 9]):
             padded = torch.randn(1, 10, 96)
@@ -287,7 +291,7 @@ def test_padding_anywhere_changes_nothing():
             valid[:, keep] = True
             hp, cp, _ = model(padded, valid=valid)
             assert (hp[:, keep] - h).abs().max() < 1e-5
-            lp, cp, _ = co.think(model, hp[:, -1:], cp, 2)
+            cp, lp = co.think(model, hp[:, -1:], cp, co.Thoughts(2), read=(3,))
             ep, _, _ = model(after, cp)
             assert (lp - last).abs().max() < 1e-5 and (ep - end).abs().max() < 1e-5
 
@@ -312,7 +316,7 @@ def test_compiled_and_bf16_agree_with_eager_fp32():
         eager, _, _ = model(model.wte(batch.prefix))
         with co.amp(replace(CFG, dtype="bfloat16")):
             half, _, _ = model(model.wte(batch.prefix))
-    loss, _ = co.coconut_loss(model, batch, 3)
+    loss, _ = co.coconut_loss(model, batch, co.Thoughts(3))
     loss.backward()
     grad = model.h[0].mlp.c_fc.weight.grad.clone()
     assert not torch.equal(half, eager) and (half - eager).norm() / eager.norm() < 0.05
@@ -321,7 +325,7 @@ def test_compiled_and_bf16_agree_with_eager_fp32():
     backend = "aot_eager" if " " in sys.prefix else "inductor"  # inductor's linker call does not quote its paths
     for block in compiled.h:
         block.compile(dynamic=True, backend=backend)
-    loss_c, _ = co.coconut_loss(compiled, batch, 3)
+    loss_c, _ = co.coconut_loss(compiled, batch, co.Thoughts(3))
     loss_c.backward()
     assert abs(loss_c - loss) < 1e-4 and (compiled.h[0].mlp.c_fc.weight.grad - grad).abs().max() < 1e-4
     assert list(compiled.state_dict()) == list(model.state_dict())
@@ -335,10 +339,10 @@ def test_no_thoughts_is_the_plain_forward():
     batch = co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0)
     with torch.no_grad():
         h, cache, _ = model(model.wte(batch.prefix))
-        last, cache, readings = co.think(model, h[:, -1:], cache, 0, read=(1,))
+        cache, readings = co.think(model, h[:, -1:], cache, co.Thoughts(0), read=(1,))
         answer, _, _ = model(model.wte(batch.answer), cache)
         whole, _, _ = model(model.wte(torch.cat([batch.prefix, batch.answer], 1)))
-    assert readings is None and torch.equal(last, h[:, -1:])
+    assert readings is None
     assert (torch.cat([h, answer], 1) - whole).abs().max() < 1e-5
 
 def test_thoughts_are_the_last_hidden_state_fed_back():
@@ -347,13 +351,14 @@ def test_thoughts_are_the_last_hidden_state_fed_back():
     x = torch.randn(2, 5, 96)
     with torch.no_grad():
         h, cache, _ = model(x)
-        last, cache, readings = co.think(model, h[:, -1:], cache, 3, read=(0, 2))
+        cache, readings = co.think(model, h[:, -1:], cache, co.Thoughts(3), read=(0, 2))
         inputs = x
         for t in range(3):
             inputs = torch.cat([inputs, model(inputs)[0][:, -1:]], 1)
             expected, _, streams = model(inputs, read=(0, 2))
             assert (readings[:, t] - streams[:, -1]).abs().max() < 1e-4
-    assert (last - expected[:, -1:]).abs().max() < 1e-4 and cache.kv[0][0].shape[2] == 8
+        after, whole = model(x[:, :1], cache)[0], model(torch.cat([inputs, x[:, :1]], 1))[0]
+    assert cache.kv[0][0].shape[2] == 8 and (after - whole[:, -1:]).abs().max() < 1e-4
 
 def test_gradient_reaches_the_first_thought(monkeypatch):
     """The training loss has a gradient at every state that is fed back, the first one from the prefix included."""
@@ -366,7 +371,7 @@ def test_gradient_reaches_the_first_thought(monkeypatch):
         return real(self, x, *args, **more)
 
     monkeypatch.setattr(co.GPT, "forward", spy)
-    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0), 4)
+    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0), co.Thoughts(4))
     loss.backward()
     assert len(fed) == 4 and all(x.grad_fn is not None and x.grad.abs().max() > 1e-6 for x in fed)
 
@@ -379,7 +384,7 @@ def test_writing_in_a_batch_equals_writing_alone():
     def go(rows):
         h, cache, _ = model(model.wte(batch.prefix[rows]))
         ids, last, cache = co.write(model, h[:, -1:], cache, stop, limit=12, times=2)
-        return ids, co.think(model, last, cache, 2)[0]
+        return ids, co.think(model, last, cache, co.Thoughts(2), read=(3,))[1]
 
     stop = 0
     with torch.no_grad():
@@ -401,7 +406,7 @@ def test_solving_uses_the_problem_alone(monkeypatch):
     def tokens_fed():
         fed.clear()
         for k in (0, 2, 4):
-            co.solve(CFG, TEXT, model, pairs, k)
+            co.answer(TEXT, model, co.ponder(CFG, TEXT, model, pairs, k)[0], 2)
         return list(fed)
 
     def scrambled(*args):
@@ -470,7 +475,7 @@ def test_loss_counts_only_what_is_written():
     """The loss is the mean over text steps and answer, as computed token by token without cache or padding."""
     model = tiny(std=0.1)
     pairs = pairs_of((347, 285), (100, 200))
-    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs, 4), 0)
+    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs, 4), co.Thoughts(0))
     terms = []
     for a, b in pairs.tolist():
         head = [*TEXT.ids(f"{a}+{b}="), TEXT.bot]
@@ -506,28 +511,31 @@ def test_readings_belong_to_their_slot():
     assert [pool.target(i, "step") for i in (3, 5, 6, 9)] == \
         ["1+3=4 write 4", "carry 1 write 1", "7+5=12 write 2 carry 1", "carry 0"]
     assert pool.target(9, "answer") == "632" and pool.target(9, "problem") == "347+285"
-    layer = (run.cfg.read_layer,)
+    layer = run.cfg.layers
     for pairs, rows in ((problems[0][1:], slice(3, 6)), (problems[1], slice(6, 10))):
-        _, readings = co.solve(run.cfg, TEXT, model, pairs, 4, read=layer)
-        assert (readings[0, 1::2, 0] - pool.vectors[rows]).abs().max() < 1e-5
+        _, readings = co.ponder(run.cfg, TEXT, model, pairs, 4, read=layer)
+        assert (readings[0, 1::2] - pool.vectors[rows]).abs().max() < 1e-5
 
 def test_whitened_readings_are_the_same_readings():
     """Whitening centres readings and gives them unit covariance, row by row: no reading moves to another thought."""
     model, problems = tiny(std=0.1), co.test_problems(run_of())
-    raw, read = co.collect(run_of(), model, problems), co.reader(run_of(), model)
-    white = read(problems).vectors.double()
-    x = torch.cat([raw.vectors.double(), torch.ones(len(white), 1)], 1)
+    raw, whiten = co.collect(run_of(), model, problems), co.whitener(run_of(), model)
+    white = co.collect(run_of(), model, problems, whiten).vectors[:, 0].double()
+    x = torch.cat([raw.vectors[:, 0].double(), torch.ones(len(white), 1)], 1)
     zca = torch.linalg.lstsq(x, white).solution  # the affine map that takes readings to whitened ones
     assert (x @ zca - white).abs().max() < 1e-2
     train = [co.draw(co.rng_of(CFG.seed, "whiten", d), co.TRAIN, d, 1000) for d in CFG.digits]
-    cov = torch.cov(co.collect(run_of(), model, train).vectors.T).double()
+    cov = torch.cov(co.collect(run_of(), model, train).vectors[:, 0].T).double()
     cov += 1e-6 * torch.linalg.eigvalsh(cov).max() * torch.eye(96)
     assert (zca[:-1] @ cov @ zca[:-1] - torch.eye(96)).abs().max() < 0.1  # a symmetric inverse root
-    alone = read([problems[2][5:6]]).vectors
+    alone = co.collect(run_of(), model, [problems[2][5:6]], whiten).vectors[:, 0]
     row = len(problems[0]) * 3 + len(problems[1]) * 3 + 5 * 4
     assert (alone - white[row:row + 4]).abs().max() < 1e-2
-    unwhitened = co.reader(run_of(whiten=False), model)(problems)
-    assert torch.equal(unwhitened.vectors, raw.vectors)
+    assert torch.equal(co.whitener(run_of(whiten=False), model)(raw.vectors), raw.vectors)
+    several = run_of(read_layers=(0.0, 0.5))  # each layer by its own statistics
+    both = co.collect(several, model, problems, co.whitener(several, model)).vectors
+    assert several.cfg.layers == (0, 2) and (both[:, 1] - white).abs().max() < 1e-4
+    assert (torch.linalg.eigvalsh(torch.cov(both[:, 0].T)).max() - 1).abs() < 0.3
 
 def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
     """In a training batch the injected vector is the reading of the very thought whose step is the target."""
@@ -535,8 +543,8 @@ def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
     (ids, target, _), vectors = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
     pool = {}
 
-    def spy(run, coconut, problems, real=co.collect):
-        pool["pool"] = real(run, coconut, problems)
+    def spy(run, coconut, problems, white, real=co.collect):
+        pool["pool"] = real(run, coconut, problems, white)
         return pool["pool"]
 
     monkeypatch.setattr(co, "collect", spy)
@@ -544,7 +552,7 @@ def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
     assert torch.equal(ids, ids2) and torch.equal(target, target2) and torch.equal(vectors, again)
     families = set()
     for i in range(len(vectors)):
-        match = (pool["pool"].vectors - vectors[i]).abs().sum(1).argmin().item()
+        match = (pool["pool"].vectors - vectors[i]).abs().sum((1, 2)).argmin().item()
         text = TEXT.enc.decode([t for t in target[i].tolist() if t != co.IGNORE][:-1])
         question = TEXT.enc.decode(ids[i].tolist()).split("<act> ")[1].split("<|endoftext|>")[0]
         family = next(f for f, asked in co.TRAINED.items() if any(question.startswith(q) for q in asked))
@@ -555,7 +563,7 @@ def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
 def test_oracle_answers_depend_on_the_reading_alone():
     """ask() gives the same answers alone and in any order, and no injection for a zero reading."""
     run, model = run_of(), tiny(std=0.12)
-    vectors = torch.randn(9, 96)
+    vectors = torch.randn(9, 1, 96)
     question = co.QUESTIONS["step"][0]
     answers = co.ask(run, model, vectors, question)
     assert sum((co.ask(run, model, v[None], question) for v in vectors), []) == answers and len(set(answers)) > 1
@@ -564,12 +572,12 @@ def test_oracle_answers_depend_on_the_reading_alone():
     with torch.no_grad():
         h, cache, _ = model(model.wte(ids))
         plain, _, _ = co.write(model, h[:, -1:], cache, TEXT.eos, limit=24)
-    assert co.ask(run, model, torch.zeros(1, 96), question) == [TEXT.show(plain[0])]
+    assert co.ask(run, model, torch.zeros(1, 1, 96), question) == [TEXT.show(plain[0])]
 
 def test_training_and_asking_inject_alike(monkeypatch):
     """The logits that the oracle's loss sees are those that it writes from, and follow the formula at --scale."""
     run, model, seen, written = run_of(), tiny(std=0.12), [], []
-    vectors, question = torch.randn(1, 96), co.HELD_OUT["step"]
+    vectors, question = torch.randn(1, 1, 96), co.HELD_OUT["step"]
     entropy, write = co.F.cross_entropy, co.write
     monkeypatch.setattr(co.F, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or entropy(logits, *a, **k))
     monkeypatch.setattr(co, "write", lambda model, h, *a, **k: written.append(h) or write(model, h, *a, **k))
@@ -578,7 +586,7 @@ def test_training_and_asking_inject_alike(monkeypatch):
     co.ask(run, model, vectors, question)
     ids, _, act = rows
     with torch.no_grad():
-        expected = model.logits(model(model.wte(ids), inject=co.Injection(1, vectors[:, None], act, 2.0))[0])
+        expected = model.logits(model(model.wte(ids), inject=co.Injection(1, vectors, act, 2.0))[0])
     first = len(TEXT.ids(co.prompt(CFG, question))) - 1
     assert (seen[0] - expected[0, first:]).abs().max() < 1e-5
     assert (model.logits(written[0])[0, 0] - expected[0, first]).abs().max() < 1e-5
@@ -622,7 +630,7 @@ def test_controls_really_change_what_the_oracle_is_given(monkeypatch):
     assert len(asked) == 5 and {q for _, q in asked} == {co.HELD_OUT["step"]}
     assert not asked[0][0].any()
     for v, _ in asked[1:]:
-        assert v.shape == pool.vectors.shape and ((v - pool.vectors).abs().max(dim=1).values > 0).all()
+        assert v.shape == pool.vectors.shape and ((v - pool.vectors).abs().amax((1, 2)) > 0).all()
     assert scores["constant"]["exact"] < 0.3 and scores["slot_majority"]["exact_no_final"] < 0.1
 
 def test_step_scores():
@@ -645,6 +653,81 @@ def test_probes_find_what_is_linear_there():
     probe = co.fit_probe(run_of(probe_epochs=60), 0, (code[:2000], y[:2000]), (code[2000:2500], y[2000:2500]))
     hits = co.probe_hits(probe, code[2500:], y[2500:]).float().mean(0)
     assert hits[0] > 0.99 and hits[1] < 0.2 and hits[4] < 0.05
+
+# -----------------------------------------------------------------------------------------------------------
+# Evidence: exchanged thoughts
+
+def thoughts_of(cfg, pairs, model, k=None):
+    with torch.no_grad():
+        return co.ponder(cfg, TEXT, model, pairs, k or cfg.curriculum[-1], read=(0,))
+
+def test_bottleneck_hides_the_problem_alone():
+    """With --bottleneck the answer is what a mask over the prefix gives: thoughts and itself seen, positions kept."""
+    model, pairs = tiny(std=0.1), pairs_of((347, 285), (958, 143))
+    batch = co.make_batch(TEXT, pairs, 0)
+    plain, _ = thoughts_of(CFG, pairs, model)
+    narrow, _ = thoughts_of(replace(CFG, bottleneck=True), pairs, model)
+    assert narrow.kv[0][0].shape[2] == 4 and narrow.pos == plain.pos and plain.kv[0][0].shape[2] == 9 + 4
+    hidden = torch.tensor([[False] * 9 + [True] * 4] * 2)
+    with torch.no_grad():
+        a, _, _ = model(model.wte(batch.answer), narrow)
+        b, _, _ = model(model.wte(batch.answer), plain._replace(valid=hidden, pos=torch.full((2, 1), plain.pos)))
+        c, _, _ = model(model.wte(batch.answer), plain)
+    assert (a - b).abs().max() < 1e-4 < (a - c).abs().max()
+    assert replace(CFG, bottleneck=True).curriculum == [0, 1, 2, 3, 4, 5]
+    assert co.plan(replace(CFG, bottleneck=True), TEXT, pairs, 4)[1].bottleneck is False
+
+def test_pause_thoughts_are_fed_the_same_vector():
+    """With --thoughts pause every thought starts from one embedding, whatever the problem; with hidden from its own."""
+    model, pairs = tiny(std=0.1), pairs_of((347, 285), (958, 143))
+    _, read = thoughts_of(replace(CFG, thoughts="pause"), pairs, model)
+    fed = read[:, :, 0] - model.wpe.weight[9:13]
+    assert (fed - model.wte.weight[TEXT.bot]).abs().max() < 1e-5
+    _, read = thoughts_of(CFG, pairs, model)
+    assert (read[0] - read[1]).abs().max() > 1e-3
+
+def test_exchange_replaces_the_marked_thoughts_alone():
+    """exchange() takes keys and values of the marked thoughts from the donor and leaves the rest, in every layer."""
+    model, pairs = tiny(std=0.1), pairs_of((347, 285), (958, 143))
+    cache, _ = thoughts_of(CFG, pairs, model)
+    donor, _ = thoughts_of(CFG, pairs[::-1].copy(), model)
+    at = torch.tensor([[False, True, False, True], [False, False, False, False]])
+    mixed = co.exchange(cache, donor, at)
+    for own, other, new in zip(cache.kv, donor.kv, mixed.kv):
+        for a, b, c in zip(own, other, new):
+            assert torch.equal(c[1], a[1]) and torch.equal(c[0, :, [10, 12]], b[0, :, [10, 12]])
+            rest = [t for t in range(13) if t not in (10, 12)]
+            assert torch.equal(c[0, :, rest], a[0, :, rest]) and not torch.equal(c[0], a[0])
+
+def test_all_thoughts_of_another_problem_give_its_answer():
+    """Behind a bottleneck the answer is a function of the thoughts: with all of B's, it is always B's answer."""
+    run, model = run_of(bottleneck=True, eval_problems=60), tiny(1, std=0.5)  # its answers differ
+    causal = co.causal_scores(run, model)
+    assert causal["interchange"]["b"]["exact"] == 1 and causal["interchange"]["a"]["exact"] == 0
+    assert causal["interchange"]["b"]["n"] > 20 and set(causal["keep"]) == {"mean", "swap", "noise"}
+    assert {D: (len(grid), len(grid[0])) for D, grid in causal["map"].items()} == {"2": (3, 2), "3": (4, 3)}
+    plain = co.causal_scores(run_of(eval_problems=60), model)
+    assert plain["interchange"]["b"]["exact"] < 1
+
+def test_causal_map_names_the_slot_that_decides(monkeypatch):
+    """On a model whose column c is written from slot c alone, the map is the identity, and every score is exact."""
+    run = run_of(eval_problems=60)
+
+    def ponder(cfg, text, model, pairs, k, read=()):
+        sums = torch.tensor([[int(d) for d in f"{a + b:04d}"[::-1]] for a, b in pairs.tolist()]).float()
+        kv = sums[:, None, :len(str(pairs[0, 0])) + 1, None]  # a cache of one layer, one digit of the sum a slot
+        return co.Cache(((kv, kv),), None, 0), None
+
+    def answer(text, model, cache, D):
+        return ["".join(str(int(x)) for x in row.flip(0)) for row in cache.kv[0][0][:, 0, :, 0].long()]
+
+    monkeypatch.setattr(co, "ponder", ponder)
+    monkeypatch.setattr(co, "answer", answer)
+    causal = co.causal_scores(run, None)
+    for D in (2, 3):
+        assert causal["map"][str(D)][:D] == [[float(slot == c) for c in range(D)] for slot in range(D)]
+    assert causal["interchange"]["b"]["exact"] == 1
+    assert causal["keep_by_slot"]["swap"]["0"]["exact"] < 0.25 and causal["keep"]["swap"]["exact"] < 0.1
 
 # -----------------------------------------------------------------------------------------------------------
 # The whole program
@@ -692,6 +775,17 @@ def test_whole_run_in_miniature(mini):
     assert {line["part"] for line in lines} == {"coconut 0", "coconut 1", "coconut 2", "coconut 3", "coconut all",
                                                 "oracle", "lora"}
     assert "self-oracle" in printed and "slot_majority" in printed and "mistakes" in printed
+
+def test_whole_run_behind_a_bottleneck(tmp_path):
+    """`--bottleneck`, two layers read and pause thoughts run end to end, and a later part takes them up."""
+    args = [*MINI, "--bottleneck", "--bottleneck-steps", 2, "--read-layers", "0,0.5", "--thoughts", "pause"]
+    done = cli(*args, "--out", tmp_path / "run")
+    assert done.returncode == 0 and "do the thoughts matter" in done.stdout, done.stderr
+    assert cli("--stage", "eval", "--out", tmp_path / "run").returncode == 0
+    r = json.loads((tmp_path / "run/results.json").read_text())
+    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "all", "bottleneck"]
+    assert set(r["causal"]) == {"keep", "keep_by_slot", "interchange", "map"}
+    assert set(r["causal"]["keep"]) == {"mean", "swap", "noise"} and r["causal"]["keep"]["mean"]["n"] == 24
 
 def test_same_arguments_give_the_same_run(mini, tmp_path):
     """Two runs with the same arguments agree bit for bit in weights and figures, times apart; another seed does not."""
@@ -747,7 +841,7 @@ def test_a_batch_larger_than_the_pool_and_a_mixed_curriculum(tmp_path):
     args = ["--stage", "coconut", *MINI, "--mix", 0.5, "--thoughts-per-slot", 2, "--digits", "2-4", "--out", tmp_path]
     assert cli(*args).returncode == 0 and cli(*args, "--force").returncode == 0
     batch_at = co.oracle_batches(run_of(), tiny(), co.TRAIN, "oracle", 3000)
-    assert batch_at(0)[1].shape == (3000, 96) and batch_at(1)[1].shape == (3000, 96)
+    assert batch_at(0)[1].shape == (3000, 1, 96) and batch_at(1)[1].shape == (3000, 1, 96)
 
 def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
     """A run that dies in the middle of a stage, resumed, ends with the weights of one that never stopped."""
@@ -780,7 +874,7 @@ def test_training_learns(tmp_path):
     co.fit(run, "coconut 0", model, co.make_optimizers(model, CFG.text_lr), loss_of, 250)
     batch = co.make_batch(TEXT, co.test_problems(run_of())[0], 3)
     with torch.no_grad():
-        loss, right = co.coconut_loss(model, batch, 0)
+        loss, right = co.coconut_loss(model, batch, co.Thoughts(0))
     assert right.mean() > 0.8 and loss < 0.4
 
 # -----------------------------------------------------------------------------------------------------------
@@ -851,7 +945,7 @@ def check_parity(directory, model, limit):
            "run = co.Run(cfg, co.Text(gw.read_bpe(sys.argv[1])), Path('nowhere'))\n"
     load = "model = co.load_model(run, 'base')\nsum(p.sum() for p in model.parameters())"  # touches every page
     peak = (peak_bytes(code + load, directory, model) - peak_bytes(code, directory, model)) / size
-    print(f"{model}: logits differ by at most {far:.1e}, in bf16 by {spread:.3f} of their spread; same 32 greedy tokens; "
+    print(f"{model}: logits differ by at most {far:.1e}, in bf16 by {spread:.3f} of their spread; same 32 tokens; "
           f"loading took {peak:.2f} times the file's size")
     assert peak < limit
 
@@ -899,6 +993,8 @@ def test_whole_run_from_released_weights(released, tmp_path, monkeypatch, capsys
     co.main(list(map(str, [*PRETRAINED, *args])))
     assert "self-oracle" in capsys.readouterr().out
     assert not (out / "base.safetensors").exists()
+    adapters = {k: w + 0.1 * torch.randn_like(w) for k, w in gw.read_safetensors(out / "lora.safetensors").items()}
+    gw.write_safetensors(out / "lora.safetensors", adapters)  # so that merging them makes a difference
     co.main(list(map(str, ["--stage", "export", *args])))
     assert capsys.readouterr().out.count("exported") == 3
     run = released_run(directory, out, lora_rank=32)
@@ -910,8 +1006,6 @@ def test_whole_run_from_released_weights(released, tmp_path, monkeypatch, capsys
         tokenizer = transformers.AutoTokenizer.from_pretrained(out / "export" / name)
         for s in ["347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x", *TEXTS[:3]]:
             assert tokenizer(s)["input_ids"] == list(run.text.ids(s)) and tokenizer.decode(run.text.ids(s)) == s
-    lora = co.load_model(run, "lora")
-    assert any(m.lora_b.any() for m in lora.modules() if isinstance(m, co.Conv1D))  # there was something to merge
 
 def test_export_of_a_scratch_run(mini):
     """Without GPT-2's encoding the export has no tokenizer, and loads all the same."""
@@ -1023,7 +1117,7 @@ def test_seed_protocol_equals_plain_transformers(seed_files, monkeypatch):
     cfg = replace(co.parse(args), device="cpu", dtype="float32", compile=False)
     run = co.Run(cfg, co.Text(gw.read_bpe(directory), seed=True), directory / "run")
     coconut, oracle = co.load_model(run, "coconut"), co.load_model(run, "oracle")
-    assert (cfg.read_layer, cfg.inject_layer, cfg.scale, cfg.digits, cfg.whiten) == (19, 18, 2.0, (2, 3, 4), False)
+    assert (cfg.layers, cfg.inject_layer, cfg.scale, cfg.digits, cfg.whiten) == ((19,), 18, 2.0, (2, 3, 4), False)
     first, write = [], co.write
     monkeypatch.setattr(co, "write", lambda m, h, *a, **k: first.append(m.logits(h[:, 0])) or write(m, h, *a, **k))
     problems = [pairs_of((347, 285), (12 * 9, 100 + 9 * 80)), pairs_of((957, 285)), pairs_of((47, 12), (10, 20))]
@@ -1035,13 +1129,13 @@ def test_seed_protocol_equals_plain_transformers(seed_files, monkeypatch):
             prefix = batch.prefix[i] if batch.valid is None else batch.prefix[i][batch.valid[i]]
             assert prefix.tolist() == seed.ids(f"{a} + {b} = <bot>")[0].tolist()
             logits, readings = seed.think(a, b)
-            assert len(readings) == steps and (pool.vectors[i * steps:(i + 1) * steps] - readings).abs().max() < 1e-4
+            assert len(readings) == steps and (pool.vectors[i * steps:(i + 1) * steps, 0] - readings).abs().max() < 1e-4
             one = co.make_batch(run.text, pairs[i:i + 1], 0)
             with torch.no_grad():
                 h, cache, _ = coconut(coconut.wte(one.prefix), last=1)
-                _, cache, _ = co.think(coconut, h, cache, steps)
+                cache, _ = co.think(coconut, h, cache, co.Thoughts(steps))
                 h, _, _ = coconut(coconut.wte(one.answer), cache)
-                loss, right = co.coconut_loss(coconut, one, steps)
+                loss, right = co.coconut_loss(coconut, one, co.Thoughts(steps))
             assert (coconut.logits(h[0]) - logits).abs().max() < 1e-4
             gold = seed.ids(f" {a + b}")[0]
             assert abs(loss.item() - F.cross_entropy(logits, gold).item()) < 1e-4
@@ -1050,7 +1144,7 @@ def test_seed_protocol_equals_plain_transformers(seed_files, monkeypatch):
             question = co.SEED_QUESTIONS[family]
             first.clear()
             said = co.ask(run, oracle, pool.vectors, question)
-            for i, vector in enumerate(pool.vectors):
+            for i, vector in enumerate(pool.vectors[:, 0]):
                 logits, text = seed.ask(vector, question, hold, limit)
                 assert (first[0][i] - logits).abs().max() < 1e-4
                 assert said[i] == (text if family == "step" else (re.findall(r"\d+", text) or [""])[0])
