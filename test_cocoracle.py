@@ -781,7 +781,7 @@ def test_whole_run_behind_a_bottleneck(tmp_path):
     args = [*MINI, "--bottleneck", "--bottleneck-steps", 2, "--read-layers", "0,0.5", "--thoughts", "pause"]
     done = cli(*args, "--out", tmp_path / "run")
     assert done.returncode == 0 and "do the thoughts matter" in done.stdout, done.stderr
-    assert cli("--stage", "eval", "--out", tmp_path / "run").returncode == 0
+    assert co.parse(["--stage", "eval", "--out", str(tmp_path / "run")]).bottleneck
     r = json.loads((tmp_path / "run/results.json").read_text())
     assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "all", "bottleneck"]
     assert set(r["causal"]) == {"keep", "keep_by_slot", "interchange", "map"}
@@ -805,8 +805,11 @@ def test_a_finished_run_is_not_overwritten(mini):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     for args in ([], ["--stage", "oracle"], ["--stage", "eval", "--digits", "2-4"], ["--stage", "eval", "--seed", 7],
                  ["--resume", "--oracle-muon", 0], ["--stage", "lora", "--force", "--text-steps", 5]):
-        done = cli(*args, "--out", out)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        with pytest.raises(co.UserError) as caught:
+            co.main([*map(str, args), "--out", str(out)])
+        assert "\n" not in str(caught.value)
+    done = cli("--out", out)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     done = cli("--stage", "eval", "--out", out)
     assert done.returncode == 0
@@ -814,7 +817,7 @@ def test_a_finished_run_is_not_overwritten(mini):
     assert numbers(r)["oracle"] == json.loads(before["results.json"])["oracle"]
 
 def test_damaged_files_of_a_run_are_refused(mini, tmp_path):
-    """A damaged config.json, results.json, last.pt or weights file ends in one line and exit code 2, no traceback."""
+    """A damaged config.json, results.json, last.pt or weights file ends in an error of one line."""
     out, _ = mini
     for name, content in (("config.json", "[]"), ("config.json", '{"digits": [0]}'), ("config.json", '{"mode": 1}'),
                           ("results.json", "{"), ("results.json", "[]"), ("coconut.safetensors", "x" * 50),
@@ -824,8 +827,9 @@ def test_damaged_files_of_a_run_are_refused(mini, tmp_path):
         shutil.copytree(out, copy_)
         (copy_ / name).write_text(content)
         (copy_ / "lora.safetensors").unlink()
-        done = cli("--stage", "lora", "--resume", "--out", copy_)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr, (name, done.stderr)
+        with pytest.raises((co.UserError, WeightsError), match=re.escape(name)) as caught:
+            co.main(["--stage", "lora", "--resume", "--out", str(copy_)])
+        assert "\n" not in str(caught.value)
 
 def test_a_new_run_takes_its_own_recipe(mini):
     """--force over a run of another size or flags inherits nothing from it; a later part inherits everything."""
@@ -863,15 +867,15 @@ def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
     assert first == second
 
 def test_training_learns(tmp_path):
-    """Text chain of thought is learnt in two hundred and fifty steps: teacher-forced answers go from none to most."""
-    run = run_of(tmp_path, text_steps=250, log_every=250)
+    """Text chain of thought is learnt in a hundred and fifty steps: teacher-forced answers go from none to most."""
+    run = run_of(tmp_path, log_every=150)
     model = co.new_model(run)
 
     def loss_of(step):
         batch, thoughts = co.coconut_batch(run, step, 0, "coconut 0", 64)
         return co.coconut_loss(model, batch, thoughts)
 
-    co.fit(run, "coconut 0", model, co.make_optimizers(model, CFG.text_lr), loss_of, 250)
+    co.fit(run, "coconut 0", model, co.make_optimizers(model, CFG.text_lr, CFG.text_muon), loss_of, 150)
     batch = co.make_batch(TEXT, co.test_problems(run_of())[0], 3)
     with torch.no_grad():
         loss, right = co.coconut_loss(model, batch, co.Thoughts(0))
@@ -1003,9 +1007,9 @@ def test_whole_run_from_released_weights(released, tmp_path, monkeypatch, capsys
         ours, theirs = co.load_model(run, name), transformers.GPT2LMHeadModel.from_pretrained(out / "export" / name)
         with torch.no_grad():
             assert (ours.logits(ours(ours.wte(ids))[0]) - theirs(ids).logits).abs().max() < 1e-3
-        tokenizer = transformers.AutoTokenizer.from_pretrained(out / "export" / name)
-        for s in ["347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x", *TEXTS[:3]]:
-            assert tokenizer(s)["input_ids"] == list(run.text.ids(s)) and tokenizer.decode(run.text.ids(s)) == s
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "export/lora")
+    for s in ["347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x", *TEXTS[:3]]:
+        assert tokenizer(s)["input_ids"] == list(run.text.ids(s)) and tokenizer.decode(run.text.ids(s)) == s
 
 def test_export_of_a_scratch_run(mini):
     """Without GPT-2's encoding the export has no tokenizer, and loads all the same."""
