@@ -89,7 +89,7 @@ def number(kind, low, high=math.inf):
         return value
     return convert
 
-COUNT, SHARE, LEARNING_RATE, POSITIVE = number(int, 1), number(float, 0, 1), number(float, 1e-12), number(float, 0)
+COUNT, SHARE, LEARNING_RATE, AT_LEAST_0 = number(int, 1), number(float, 0, 1), number(float, 1e-12), number(float, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -114,42 +114,44 @@ class Config:
     bottleneck: bool = opt(False, "a last stage in which the answer sees the thoughts alone, not the problem")
     protocol: str = opt("own", "seed: texts, layers and questions of syvb/cocoracle, to measure its published "
                         "checkpoints with --stage eval --coconut FILE --oracle FILE", choices=("own", "seed"))
-    coconut: str = opt("", "its checkpoint of the Coconut model (.pt)")
-    oracle: str = opt("", "its checkpoint of the self-oracle (.pt)")
+    coconut: str = opt("", "the seed's checkpoint of the Coconut model (.pt)")
+    oracle: str = opt("", "the seed's checkpoint of the self-oracle (.pt)")
     # coconut
     batch_size: int = opt(64, "problems (or readings) in a training step", type=COUNT)
     text_steps: int = opt(250, "training steps of stage 0, all text", type=COUNT)
     stage_steps: int = opt(90, "training steps of stage 1; stages 2, 3 take 2, 3 times as many", type=COUNT)
-    latent_steps: int = opt(900, "training steps of the last stage, all thoughts", type=COUNT)
+    latent_steps: int = opt(900, "training steps of the stage of all thoughts", type=COUNT)
     bottleneck_steps: int = opt(1000, "training steps of the stage that --bottleneck adds", type=COUNT)
     text_lr: float = opt(3e-3, "peak learning rate (AdamW) of the stages with text", type=LEARNING_RATE)
-    text_muon: float = opt(0.02, "Muon's on their matrices; 0: AdamW on all", type=POSITIVE)
+    text_muon: float = opt(0.02, "Muon's on their matrices; 0: AdamW on all", type=AT_LEAST_0)
     latent_lr: float = opt(2e-3, "peak learning rate (AdamW) without text", type=LEARNING_RATE)
-    text_decay: float = opt(0.5, "AdamW's weight decay in the stages with text", type=POSITIVE)
-    latent_decay: float = opt(1.0, "AdamW's weight decay without text", type=POSITIVE)
-    bottleneck_decay: float = opt(0.3, "AdamW's weight decay behind the bottleneck", type=POSITIVE)
+    text_decay: float = opt(0.5, "AdamW's weight decay in the stages with text", type=AT_LEAST_0)
+    latent_decay: float = opt(1.0, "AdamW's weight decay without text", type=AT_LEAST_0)
+    bottleneck_decay: float = opt(0.3, "AdamW's weight decay behind the bottleneck", type=AT_LEAST_0)
     mix: float = opt(0.0, "share of all-text batches in the later stages, against forgetting", type=SHARE)
     # oracles
     read_layers: tuple = opt((0.5,), "layers read, as shares of the depth (rounded up), as `0,0.5`", type=shares_arg)
     whiten: bool = opt(True, "whiten readings before use")
-    scale: float = opt(2.0, "strength of a reading, relative to the state it is added to", type=POSITIVE)
+    scale: float = opt(2.0, "strength of a reading, relative to the state it is added to", type=AT_LEAST_0)
     oracle_steps: int = opt(2200, "training steps of the self-oracle", type=COUNT)
     oracle_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
-    oracle_muon: float = opt(0.04, "Muon's on its matrices; 0: AdamW on all", type=POSITIVE)
+    oracle_muon: float = opt(0.04, "Muon's on its matrices; 0: AdamW on all", type=AT_LEAST_0)
     rehearsal: float = opt(0.3, "share of its steps that repeat the coconut's own task too", type=SHARE)
     lora_steps: int = opt(450, "training steps of the LoRA oracle", type=COUNT)
     lora_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
-    lora_muon: float = opt(0.02, "Muon's on the adapters; 0: AdamW", type=POSITIVE)
+    lora_muon: float = opt(0.02, "Muon's on the adapters; 0: AdamW", type=AT_LEAST_0)
     lora_rank: int = opt(32, "rank of the adapters", type=COUNT)
     # evaluation
     probe_problems: int = opt(20000, "training problems of each length for the probes", type=COUNT)
     probe_epochs: int = opt(8, "passes of each probe over its readings", type=COUNT)
     eval_problems: int = opt(1000, "held-out problems in an evaluation, split evenly over --digits", type=COUNT)
     log_every: int = opt(100, "training steps between log lines", type=COUNT)
-    save_every: float = opt(60.0, "seconds between checkpoints", type=POSITIVE)
+    save_every: float = opt(60.0, "seconds between checkpoints", type=AT_LEAST_0)
+
     @property
     def positions(self):
         return 256 if self.model == "tiny" else 1024
+
     @property
     def pretrained(self):
         return self.init == "pretrained" or self.init == "auto" and self.model != "tiny"
@@ -172,8 +174,7 @@ class Config:
         most = max(self.digits) + 1
         return [k for k in (0, 1, 2, 3) if k < most] + [most] + [most + 1] * self.bottleneck
 
-# What differs from tiny's defaults where weights are large or pretrained. From the field (Coconut: lr 1e-4, batch
-# 128), not tuned by us: see the README for which defaults have been run.
+# What differs where weights are large or pretrained: from the field (Coconut: lr 1e-4, batch 128), untried by us.
 LARGE = {"batch_size": 128, "text_lr": 1e-4, "latent_lr": 1e-4, "oracle_lr": 1e-4, "lora_lr": 1e-4, "text_muon": 0.0,
          "oracle_muon": 0.0, "lora_muon": 0.0, "text_decay": 0.01, "latent_decay": 0.01, "bottleneck_decay": 0.01,
          "text_steps": 2000, "stage_steps": 500, "latent_steps": 3000, "bottleneck_steps": 1500, "oracle_steps": 6000,
@@ -202,8 +203,8 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         extra = {"action": argparse.BooleanOptionalAction} if field.type is bool else {}
         note = "" if field.default in (None, "", False) else f" (default {field.default})"
-        help = field.metadata["help"] + note
-        parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata | extra | {"help": help})
+        extra["help"] = field.metadata["help"] + note
+        parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata | extra)
     given = vars(parser.parse_args(argv))
     seed = given.get("protocol") == "seed"
     stage, out = given.get("stage", "all"), given.get("out") or f"runs/{'seed' if seed else given.get('model', 'tiny')}"
@@ -304,8 +305,8 @@ def draw(rng, split, digits, n, distinct=False):
     return pairs[:n]
 
 def chunks(problems):
-    """Problems (a list of (n, 2), one per length) in batches (<= 250, 2), so that memory stays bounded."""
-    return [pairs[i:i + 250] for pairs in problems for i in range(0, len(pairs), 250)]
+    """Problems (a list of (n, 2), one per length) in even batches (<= 250, 2): bounded memory, and nobody alone."""
+    return [part for pairs in problems for part in np.array_split(pairs, math.ceil(len(pairs) / 250))]
 
 def rng_of(seed, *where):
     """A generator for one purpose and step. Data is a function of (seed, purpose, step): resuming replays nothing."""
@@ -479,7 +480,7 @@ class GPT(nn.Module):
             x = inject.at(layer, x) if inject else x
             if layer in read:
                 readings.append(x)
-            # The last block is spared what nobody reads: 12% of tiny's oracle step.
+            # The last block is spared what nobody reads: tiny's oracle step, 2 CPU cores, 71 -> 57 ms.
             n = last if layer + 1 == len(self.h) else T
             x, kv_layer = block(x, past.kv[layer], mask if n == T else attention_mask(n, S + T - n, valid, x.device), n)
             kv.append(kv_layer)
@@ -620,7 +621,7 @@ class Injection(NamedTuple):
 def add_lora(model, rank):
     """Freeze the model and give every block matrix an adapter W + 2 A B (LoRA, section 4.1; alpha = 2 rank).
 
-    B starts at zero, so the model is unchanged at first. -> the new parameters.
+    B starts at zero, so the model is unchanged at first.
     """
     model.requires_grad_(False)
     for module in model.modules():
@@ -630,7 +631,6 @@ def add_lora(model, rank):
             module.lora_a = nn.Parameter(torch.randn(n_in, rank, **like) / math.sqrt(n_in))
             module.lora_b = nn.Parameter(torch.zeros(rank, n_out, **like))
             module.lora_scale = 2.0
-    return [p for p in model.parameters() if p.requires_grad]
 
 # -----------------------------------------------------------------------------------------------------------
 # 7. Training kit
@@ -654,8 +654,7 @@ def released_weights(cfg, text):
     shapes = shapes_of(cfg, text) | {"wte.weight": (text.eos + 1, SIZES[cfg.model][2])}
     weights = read_safetensors(released(cfg) / "model.safetensors", shapes)
     wte = weights["wte.weight"].float()
-    like = [text.ids(token)[0] for token in SPECIAL.values()]
-    return {**weights, "wte.weight": torch.cat([wte, wte[like]])}
+    return {**weights, "wte.weight": torch.cat([wte, wte[[text.ids(token)[0] for token in SPECIAL.values()]]])}
 
 def new_model(run, weights=None):
     """A model with the seed's random weights, or with these: taken over, not copied, so that a file's are read as they
@@ -708,7 +707,7 @@ def record(run, **sections):
     return results
 
 def load_last(run, part=None, params=(), optimizers=()):
-    """With --resume: the part and step that last.pt stands at; if that is `part`, its state goes into the arguments."""
+    """With --resume: the part that last.pt stands in; if it is `part`, its step, and its state goes into the arguments."""
     path = run.out / "last.pt"
     if not run.cfg.resume or not path.exists():
         return None, 0
@@ -720,14 +719,14 @@ def load_last(run, part=None, params=(), optimizers=()):
                     p.copy_(old)
             for optimizer, old in zip(optimizers, last["optimizers"], strict=True):
                 optimizer.load_state_dict(old)
-        return last["part"], last["step"]
+        return last["part"], last["step"] if last["part"] == part else 0
     except Exception as e:  # a damaged or hostile file raises nearly anything
         raise UserError(f"{path} is no checkpoint of this run: delete it to train its part again") from e
 
 def make_optimizers(model, lr, muon_lr=0.0, decay=0.01):
     """AdamW on what is trainable; with muon_lr > 0, Muon (Jordan et al. 2024) on the blocks' matrices instead.
 
-    After 500 oracle steps on the same thoughts, Muon's oracle read 0.70 of the steps, AdamW's 0.48 (validation).
+    After 500 oracle steps on the same thoughts, Muon's oracle read 0.70 of the steps, AdamW's 0.48 (single trials, validation).
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in params.items() if muon_lr and p.ndim == 2 and name.startswith("h.")]
@@ -745,8 +744,7 @@ def fit(run, part, model, optimizers, loss_of, steps):
     """
     cfg, begin = run.cfg, time.time()
     params = [p for p in model.parameters() if p.requires_grad]
-    reached, first = load_last(run, part, params, optimizers)
-    first = first if reached == part else 0
+    _, first = load_last(run, part, params, optimizers)
     saved = logged = begin
     sums, count = torch.zeros(2, device=cfg.device), 0
     for step in range(first, steps):
@@ -803,11 +801,10 @@ def all_right(logits, target):
 
 def coconut_batch(run, step, k, purpose, size):
     """The training batch of a step at stage k, and its Thoughts: one operand length a batch."""
-    cfg = run.cfg
-    rng = rng_of(cfg.seed, purpose, step)
-    pairs = draw(rng, TRAIN, int(rng.choice(cfg.digits)), size)
-    text_slots, thoughts = plan(cfg, run.text, pairs, k)
-    return make_batch(run.text, pairs, text_slots, cfg.device), thoughts
+    rng = rng_of(run.cfg.seed, purpose, step)
+    pairs = draw(rng, TRAIN, int(rng.choice(run.cfg.digits)), size)
+    text_slots, thoughts = plan(run.cfg, run.text, pairs, k)
+    return make_batch(run.text, pairs, text_slots, run.cfg.device), thoughts
 
 def stage_name(cfg, k):
     return {max(cfg.digits) + 1: "all", max(cfg.digits) + 2: "bottleneck"}.get(k, str(k))
@@ -825,7 +822,7 @@ def train_coconut(run):
             return coconut_loss(model, batch, thoughts)
         steps = {"0": cfg.text_steps, "all": cfg.latent_steps, "bottleneck": cfg.bottleneck_steps}
         # Muon is the quickest. AdamW with this much weight decay leaves more in a thought to read: after 600 oracle
-        # steps, decay 0.5 and learning rate 1e-3 gave 0.73 of the steps, 1.0 and 1e-3 0.82, 1.0 and 2e-3 0.87.
+        # steps, decay 0.5 and rate 1e-3 gave 0.73 of the steps, 1.0 and 1e-3 0.82, 1.0 and 2e-3 0.87 (single trials).
         recipe = {"all": (cfg.latent_lr, 0, cfg.latent_decay), "bottleneck": (cfg.latent_lr, 0, cfg.bottleneck_decay)}
         recipe = recipe.get(stage_name(cfg, k), (cfg.text_lr, cfg.text_muon, cfg.text_decay))
         fit(run, name, model, make_optimizers(model, *recipe), loss_of,
@@ -847,10 +844,11 @@ class Pool(NamedTuple):
     slot: np.ndarray  # (N,)
     slots: np.ndarray  # (N,) number of slots of the problem
     text: Text
+
     @property
-    def final(self):
-        """(N,) bool: the slots of the final carry."""
-        return self.slot == [len(str(a)) for a in self.pairs[:, 0]]
+    def digits(self):
+        """(N,) number of digits of an operand; also the slot of the final carry."""
+        return np.array([len(str(a)) for a in self.pairs[:, 0]])
 
     def target(self, i, family):
         """The text that answers a question of this family about reading i."""
@@ -930,8 +928,9 @@ def oracle_batches(run, coconut, split, purpose, size):
         rng = rng_of(cfg.seed, purpose, "pool", refill)
         pool = collect(run, coconut, [draw(rng, split, d, n) for d, n in count.items()], white)
         # The last slot has two answers: those of every other problem will do.
-        asked = ~pool.final | (np.cumsum(pool.slot == 0) % 2 == 0)
-        return pool, rng.permutation(np.flatnonzero(asked)), np.flatnonzero(pool.final)
+        final = pool.slot == pool.digits
+        asked = ~final | (np.cumsum(pool.slot == 0) % 2 == 0)
+        return pool, rng.permutation(np.flatnonzero(asked)), np.flatnonzero(final)
     def batch_at(step):
         pool, order, final = pool_at(step // per_pool)
         rng = rng_of(cfg.seed, purpose, step)
@@ -1003,7 +1002,7 @@ def new_probe(width, hidden=0):
 
 def probe_data(pool):
     """-> readings (N, R C) and labels (N, 5), final slots left out: they have no operands."""
-    keep = ~pool.final
+    keep = pool.slot < pool.digits
     labels = []
     for (a, b), slot in zip(pool.pairs[keep].tolist(), pool.slot[keep]):
         da, db, carry, digit, _ = columns(a, b)[slot]
@@ -1123,7 +1122,7 @@ def other_reading(kind, pool, rng):
     index = np.arange(len(pool.slot))
     if kind == "wrong_slot":
         return index - pool.slot + (pool.slot + rng.integers(1, pool.slots)) % pool.slots
-    groups = pool.slots * 100 + pool.slot if kind == "shuffled_same_slot" else np.zeros_like(index)
+    groups = pool.digits * 100 + pool.slot if kind == "shuffled_same_slot" else np.zeros_like(index)
     source = index.copy()
     for group in np.unique(groups):
         order = rng.permutation(index[groups == group])
@@ -1131,12 +1130,12 @@ def other_reading(kind, pool, rng):
     return source
 
 def majorities(run):
-    """The most frequent training step overall, and in each (number of slots, slot): baselines that read nothing."""
+    """The most frequent training step overall, and in each (number of digits, slot): baselines that read nothing."""
     seen, overall = Counter(), Counter()
     for d in run.cfg.digits:
         for a, b in draw(rng_of(run.cfg.seed, "majority", d), TRAIN, d, 5000).tolist():
             steps = run.text.steps(a, b)
-            seen.update((len(steps), slot, step) for slot, step in enumerate(steps))
+            seen.update((d, slot, step) for slot, step in enumerate(steps))
             overall.update(steps)
     by_slot = {key[:2]: key[2] for key, _ in reversed(seen.most_common())}  # the most frequent comes last, and stays
     return overall.most_common(1)[0][0], by_slot
@@ -1144,7 +1143,7 @@ def majorities(run):
 def control_scores(run, oracle, pool):
     """Step scores with the wrong vector, or with none, and of baselines that read nothing -> {name: S}."""
     rng = rng_of(run.cfg.seed, "controls")
-    gold, final = [pool.target(i, "step") for i in range(len(pool.slot))], pool.final
+    gold, final = [pool.target(i, "step") for i in range(len(pool.slot))], pool.slot == pool.digits
     noise = torch.from_numpy(rng.standard_normal(pool.vectors.shape)).to(pool.vectors)
     vectors = {"none": torch.zeros_like(pool.vectors), "random": noise}  # injection matches the norm
     for kind in ("shuffled", "shuffled_same_slot", "wrong_slot"):
@@ -1153,7 +1152,7 @@ def control_scores(run, oracle, pool):
     scores = {kind: score_steps(ask(run, oracle, v, question), gold, final) for kind, v in vectors.items()}
     constant, by_slot = majorities(run)
     scores["constant"] = score_steps([constant] * len(gold), gold, final)
-    scores["slot_majority"] = score_steps([by_slot[key] for key in zip(pool.slots, pool.slot)], gold, final)
+    scores["slot_majority"] = score_steps([by_slot[key] for key in zip(pool.digits, pool.slot)], gold, final)
     return scores
 
 def oracle_scores(run, oracle, pool):
@@ -1165,7 +1164,7 @@ def oracle_scores(run, oracle, pool):
         said = ask(run, oracle, pool.vectors[torch.from_numpy(index)], questions[family])
         right = np.array([s == g for s, g in zip(said, gold)])
         if family == "step":
-            scores["step"] = score_steps(said, gold, pool.final)
+            scores["step"] = score_steps(said, gold, pool.slot == pool.digits)
             scores["by_slot"] = {str(s): rate(right[pool.slot == s]) for s in np.unique(pool.slot)}
             scores["mistakes"] = [{"problem": pool.target(i, "problem"), "slot": int(pool.slot[i]), "step": gold[i],
                                    "read": said[i]} for i in np.flatnonzero(~right)[:5]]
@@ -1184,12 +1183,14 @@ def causal_scores(run, model):
     slot, another problem's (swap), or noise of the same norm. interchange: with all of another problem's, whose answer
     is it? map: slot x column, of the digits in which the two answers differ, the share that becomes the other's.
     """
-    cfg, hits, generator = run.cfg, defaultdict(list), torch.Generator(run.cfg.device).manual_seed(run.cfg.seed)
+    cfg, hits = run.cfg, defaultdict(list)
+    generator = torch.Generator(cfg.device).manual_seed(cfg.seed)
     changes = {"mean": lambda x: x.mean(0, keepdim=True), "swap": lambda x: x.roll(1, 0),
-               "noise": lambda x: F.normalize(torch.randn(x.shape, generator=generator, device=x.device), dim=-1)
+               "noise": lambda x: F.normalize(torch.randn(x.shape, generator=generator, device=x.device), dim=-1).to(x)
                * x.norm(dim=-1, keepdim=True)}
     for pairs in test_problems(run):
-        D, (cache, _) = len(str(pairs[0, 0])), ponder(cfg, run.text, model, pairs, cfg.curriculum[-1])
+        D = len(str(pairs[0, 0]))
+        cache, _ = ponder(cfg, run.text, model, pairs, cfg.curriculum[-1])
         own = np.array(answer(run.text, model, cache, D))
         other, slot_of = np.roll(own, 1), torch.arange((D + 1) * cfg.thoughts_per_slot) // cfg.thoughts_per_slot
         for kind, change in changes.items():
@@ -1231,8 +1232,8 @@ def evaluate(run):
             with torch.no_grad(), amp(cfg):
                 losses = [oracle_loss(cfg, model, *batch_at(i))[0].item() for i in range(10)]
             sections[name]["val_loss"] = float(np.mean(losses))
-        sections["oracle"]["text_after"] = coconut_scores(run, oracle, 0)
-        sections["causal"] = causal_scores(run, coconut)
+        with amp(cfg):
+            sections["causal"] = causal_scores(run, coconut)
     sections["oracle"]["coconut_after"] = coconut_scores(run, oracle, last)
     record(run, config=load_json(run.out / "config.json"), env=environment(cfg), **sections)
 
@@ -1325,6 +1326,7 @@ def check(cfg, parts):
     refuse(not own and not (cfg.stage == "eval" and cfg.coconut and cfg.oracle and cfg.pretrained),
            "--protocol seed measures published checkpoints: it takes --stage eval, --coconut FILE.pt and --oracle "
            "FILE.pt, and not --init scratch")
+    refuse(not own and done("coconut"), f"{out} holds a run of your own: choose another --out")
     refuse(not own and SIZES[cfg.model][0] < max(cfg.layers),
            f"--protocol seed reads layer {max(cfg.layers)}, --model {cfg.model} has fewer: use --model gpt2-large")
     refuse(cfg.device == "cuda" and not torch.cuda.is_available(),

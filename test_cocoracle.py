@@ -165,6 +165,12 @@ def test_evaluation_problems_are_distinct_and_held_out():
     assert len({tuple(p) for p in pairs.tolist()}) == len(pairs) == 3 * 334
     assert (co.split_of(*pairs.T) == co.TEST).all()
 
+def test_no_problem_is_alone_in_its_batch():
+    """Exchanges take the next problem's thoughts: in a batch of one that would be the problem's own."""
+    for n in (2, 250, 251, 500, 501):
+        sizes = [len(part) for part in co.chunks([np.zeros((n, 2))])]
+        assert sum(sizes) == n and max(sizes) <= 250 and min(sizes) > 1
+
 def test_all_training_data_is_from_the_training_split(monkeypatch):
     """What the coconut, oracles, probes and baselines learn from is drawn from the training split alone."""
     seen, real = [], co.draw
@@ -455,7 +461,8 @@ def test_lora_starts_as_the_identity_and_trains_alone():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         plain = model(x)[0]
-    params = co.add_lora(model, 32)
+    co.add_lora(model, 32)
+    params = [p for p in model.parameters() if p.requires_grad]
     assert len(params) == 3 * 4 * 2 and {p.shape[0] for p in params[1::2]} == {32}
     assert torch.equal(model(x)[0], plain)
     optimizer = torch.optim.SGD(params, lr=0.1)
@@ -757,7 +764,7 @@ def test_whole_run_in_miniature(mini):
     for name in ("oracle", "lora"):
         assert {"step", "answer", "problem", "val_loss", "by_slot"} <= set(r[name])
         assert r[name]["step"]["n"] == 12 * 3 + 12 * 4 and r[name]["step"]["n_no_final"] == 12 * 2 + 12 * 3
-    assert {"coconut_after", "text_after", "mistakes"} <= set(r["oracle"]) and r["coconut"]["no_thoughts"]["n"] == 24
+    assert {"coconut_after", "mistakes"} <= set(r["oracle"]) and r["coconut"]["no_thoughts"]["n"] == 24
     assert len(r["controls"]) == 7 and all("operands" in s for s in r["controls"].values())
     assert {kind: set(p) for kind, p in r["probes"].items()} == {k: set(co.PROBED) for k in ("linear", "mlp")}
     assert r["seconds"]["total"] > 0 and r["env"]["torch"] == torch.__version__ and r["config"]["model"] == "tiny"
@@ -777,8 +784,9 @@ def test_whole_run_in_miniature(mini):
     assert "self-oracle" in printed and "slot_majority" in printed and "mistakes" in printed
 
 def test_whole_run_behind_a_bottleneck(tmp_path):
-    """`--bottleneck`, two layers read and pause thoughts run end to end, and a later part takes them up."""
-    args = [*MINI, "--bottleneck", "--bottleneck-steps", 2, "--read-layers", "0,0.5", "--thoughts", "pause"]
+    """`--bottleneck`, two layers, pause thoughts and bfloat16 run end to end, and a later part takes them up."""
+    args = [*MINI, "--bottleneck", "--bottleneck-steps", 2, "--read-layers", "0,0.5", "--thoughts", "pause",
+            "--dtype", "bfloat16"]
     done = cli(*args, "--out", tmp_path / "run")
     assert done.returncode == 0 and "do the thoughts matter" in done.stdout, done.stderr
     assert co.parse(["--stage", "eval", "--out", str(tmp_path / "run")]).bottleneck
@@ -1163,6 +1171,12 @@ def test_seed_protocol_reports_both_measures(seed_files, capsys):
     assert {"shuffled_same_slot", "constant"} <= set(r["controls"])
     assert r["oracle"]["step"]["n"] < 12 // 3 * (3 + 4 + 5)  # no slot for a final carry of 0
     assert "teacher-forced" in capsys.readouterr().out
+    (directory / "run/coconut.safetensors").write_bytes(b"of a run of one's own")
+    before = (directory / "run/results.json").read_text()
+    with pytest.raises(co.UserError, match="a run of your own"):
+        co.main([*args, "--eval-problems", "12"])
+    assert (directory / "run/results.json").read_text() == before
+    (directory / "run/coconut.safetensors").unlink()
     assert not [p for p in (directory / "run").iterdir() if p.suffix == ".safetensors"]
 
 def test_a_checkpoint_that_would_run_code_is_refused(seed_files, capsys):
