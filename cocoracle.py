@@ -9,7 +9,7 @@ A GPT-2 learns to add with a written, carry-by-carry chain of thought; a curricu
 which step it stands for. Baselines and controls stand beside every figure.
 
     python cocoracle.py                                   # tiny model, from scratch, CPU, minutes
-    python cocoracle.py --bottleneck                      # the answer sees the thoughts alone
+    python cocoracle.py --bottleneck --labels all         # thoughts that matter, and an oracle that reads what they do
     python cocoracle.py --stage eval --out runs/tiny      # measure a finished run again
 
 Sections: 1 this text; 2 configuration; 3 arithmetic and text; 4 GPT-2; 5 thinking; 6 injection and LoRA; 7 training
@@ -30,8 +30,8 @@ It does not: sample (every answer is greedy), batch problems of different length
 """
 
 import argparse
-import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -43,7 +43,7 @@ import time
 import zlib
 from collections import Counter, defaultdict
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +74,7 @@ def digits_arg(s):
 
 def shares_arg(s):
     """'0,0.5' -> (0.0, 0.5)."""
-    return tuple(number(float, 0, 1)(x) for x in s.split(","))
+    return tuple(number(float, 0, 1)(x) for x in s.split(",")) if s else ()
 
 def number(kind, low, high=math.inf):
     """-> the argparse type of a finite int or float in [low, high]."""
@@ -89,7 +89,16 @@ def number(kind, low, high=math.inf):
         return value
     return convert
 
-COUNT, SHARE, LEARNING_RATE, AT_LEAST_0 = number(int, 1), number(float, 0, 1), number(float, 1e-12), number(float, 0)
+COUNT, SHARE, RATE, AT_LEAST_0 = number(int, 1), number(float, 0, 1), number(float, 1e-12), number(float, 0)
+
+def recipe(default, help):
+    """A field (training steps, AdamW's rate, Muon's rate, weight decay), of which the first ones may be given."""
+    def convert(s):
+        kinds, given = (COUNT, RATE, AT_LEAST_0, AT_LEAST_0), s.split(",")
+        if len(given) > len(kinds):
+            raise argparse.ArgumentTypeError(f"takes at most STEPS,LR,MUON,DECAY, not {s!r}")
+        return tuple(kind(x) for kind, x in zip(kinds, given))
+    return opt(default, "training of " + help, type=convert)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -111,40 +120,37 @@ class Config:
     thoughts_per_slot: int = opt(1, "thoughts in place of one text step", type=COUNT)
     thoughts: str = opt("hidden", "what a thought is fed: the last hidden state, or one learned vector (a control)",
                         choices=("hidden", "pause"))
-    bottleneck: bool = opt(False, "a last stage in which the answer sees the thoughts alone, not the problem")
+    bottleneck: bool = opt(False, "in the last stages the answer sees the thoughts alone, not the problem")
     protocol: str = opt("own", "seed: texts, layers and questions of syvb/cocoracle, to measure its published "
                         "checkpoints with --stage eval --coconut FILE --oracle FILE", choices=("own", "seed"))
     coconut: str = opt("", "the seed's checkpoint of the Coconut model (.pt)")
     oracle: str = opt("", "the seed's checkpoint of the self-oracle (.pt)")
     # coconut
     batch_size: int = opt(64, "problems (or readings) in a training step", type=COUNT)
-    text_steps: int = opt(250, "training steps of stage 0, all text", type=COUNT)
-    stage_steps: int = opt(90, "training steps of stage 1; stages 2, 3 take 2, 3 times as many", type=COUNT)
-    latent_steps: int = opt(900, "training steps of the stage of all thoughts", type=COUNT)
-    bottleneck_steps: int = opt(1000, "training steps of the stage that --bottleneck adds", type=COUNT)
-    text_lr: float = opt(3e-3, "peak learning rate (AdamW) of the stages with text", type=LEARNING_RATE)
-    text_muon: float = opt(0.02, "Muon's on their matrices; 0: AdamW on all", type=AT_LEAST_0)
-    latent_lr: float = opt(2e-3, "peak learning rate (AdamW) without text", type=LEARNING_RATE)
-    text_decay: float = opt(0.5, "AdamW's weight decay in the stages with text", type=AT_LEAST_0)
-    latent_decay: float = opt(1.0, "AdamW's weight decay without text", type=AT_LEAST_0)
-    bottleneck_decay: float = opt(0.3, "AdamW's weight decay behind the bottleneck", type=AT_LEAST_0)
-    mix: float = opt(0.0, "share of all-text batches in the later stages, against forgetting", type=SHARE)
+    train_text: tuple = recipe((250, 3e-3, 0.02, 0.5), "stage 0, all text: STEPS,LR,MUON,DECAY, or the first of them: "
+                               "AdamW's peak learning rate, Muon's on the matrices (0: none), AdamW's weight decay")
+    train_mixed: tuple = recipe((90, 3e-3, 0.02, 0.5), "stage 1; stage k takes k times the steps")
+    train_latent: tuple = recipe((700, 2e-3, 0.0, 1.0), "the last stage once more, all thoughts")
+    explain: float = opt(0.0, "weight of the oracle's loss on the live thoughts, while these are trained",
+                         type=AT_LEAST_0)
     # oracles
+    labels: str = opt("gold", "what oracles learn to say: the text step, what the model itself will write, or both",
+                      choices=("gold", "model", "all"))
+    families: str = opt("all", "how many families of questions about the step they learn", choices=("1", "3", "all"))
     read_layers: tuple = opt((0.5,), "layers read, as shares of the depth (rounded up), as `0,0.5`", type=shares_arg)
+    inject_layers: tuple = opt((), "layers that a reading is added to (default: the one before the highest read)",
+                               type=shares_arg)
     whiten: bool = opt(True, "whiten readings before use")
     scale: float = opt(2.0, "strength of a reading, relative to the state it is added to", type=AT_LEAST_0)
-    oracle_steps: int = opt(2200, "training steps of the self-oracle", type=COUNT)
-    oracle_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
-    oracle_muon: float = opt(0.04, "Muon's on its matrices; 0: AdamW on all", type=AT_LEAST_0)
+    train_oracle: tuple = recipe((4500, 3e-3, 0.04, 0.01), "the self-oracle, for each kind of labels")
     rehearsal: float = opt(0.3, "share of its steps that repeat the coconut's own task too", type=SHARE)
-    lora_steps: int = opt(450, "training steps of the LoRA oracle", type=COUNT)
-    lora_lr: float = opt(3e-3, "its peak learning rate (AdamW)", type=LEARNING_RATE)
-    lora_muon: float = opt(0.02, "Muon's on the adapters; 0: AdamW", type=AT_LEAST_0)
-    lora_rank: int = opt(32, "rank of the adapters", type=COUNT)
+    train_lora: tuple = recipe((450, 3e-3, 0.02, 0.01), "the LoRA oracle, for each kind of labels")
+    lora_rank: int = opt(32, "rank of its adapters", type=COUNT)
     # evaluation
     probe_problems: int = opt(20000, "training problems of each length for the probes", type=COUNT)
-    probe_epochs: int = opt(8, "passes of each probe over its readings", type=COUNT)
+    train_probes: tuple = recipe((1600, 3e-3, 0.0, 0.01), "each probe, on batches of 512 readings")
     eval_problems: int = opt(1000, "held-out problems in an evaluation, split evenly over --digits", type=COUNT)
+    prior: str = opt("", "directory of another run, whose readings the oracle is asked about as a control")
     log_every: int = opt(100, "training steps between log lines", type=COUNT)
     save_every: float = opt(60.0, "seconds between checkpoints", type=AT_LEAST_0)
 
@@ -156,36 +162,53 @@ class Config:
     def pretrained(self):
         return self.init == "pretrained" or self.init == "auto" and self.model != "tiny"
 
+    def depths(self, shares):
+        return tuple(sorted({math.ceil(x * SIZES[self.model][0]) for x in shares}))
+
     @property
     def layers(self):
         """The layers read, lowest first. The seed's "Layer 18" is the output of block 18, counted from 0: layer 19."""
-        depth = SIZES[self.model][0]
-        return (19,) if self.protocol == "seed" else tuple(sorted({math.ceil(x * depth) for x in self.read_layers}))
+        return (19,) if self.protocol == "seed" else self.depths(self.read_layers)
 
     @property
-    def inject_layer(self):
-        """The layer before the highest one read (as the seed has it); readings of layers 0 and 1 enter at layer 0."""
-        return max(max(self.layers) - 1, 0)
+    def views(self):
+        """What is shown of a reading, by name: each layer read alone and, with several, all -> their indices."""
+        one = {str(layer): [i] for i, layer in enumerate(self.layers)}
+        return one if len(one) == 1 else one | {"all": list(range(len(one)))}
+
+    @property
+    def into_layers(self):
+        """Where readings are added: by default, as in the seed, one layer before the highest one read (or at 0)."""
+        return self.depths(self.inject_layers) if self.inject_layers else (max(max(self.layers) - 1, 0),)
+
+    @property
+    def kinds(self):
+        """The kinds of labels that oracles learn, in turn; each gets the steps of the recipe."""
+        return ("gold", "model") if self.labels == "all" else (self.labels,)
 
     @property
     def curriculum(self):
-        """Stages in order: 0, then the last 1, 2, 3 slots latent, then all (as the number of latent slots); one more
-        stands for all of them latent and the bottleneck."""
+        """Stages in order, by name: how many of the last slots are thoughts; one more stands for all of them and the
+        bottleneck. "all" is the last one again, with a recipe of its own."""
         most = max(self.digits) + 1
-        return [k for k in (0, 1, 2, 3) if k < most] + [most] + [most + 1] * self.bottleneck
+        stages = {str(k): k for k in (0, 1, 2, 3, most) if k <= most}
+        return stages | ({"bottleneck": self.last} if self.bottleneck else {}) | {"all": self.last}
+
+    @property
+    def last(self):
+        """The number of the last stage."""
+        return max(self.digits) + 1 + self.bottleneck
 
 # What differs where weights are large or pretrained: from the field (Coconut: lr 1e-4, batch 128), untried by us.
-LARGE = {"batch_size": 128, "text_lr": 1e-4, "latent_lr": 1e-4, "oracle_lr": 1e-4, "lora_lr": 1e-4, "text_muon": 0.0,
-         "oracle_muon": 0.0, "lora_muon": 0.0, "text_decay": 0.01, "latent_decay": 0.01, "bottleneck_decay": 0.01,
-         "text_steps": 2000, "stage_steps": 500, "latent_steps": 3000, "bottleneck_steps": 1500, "oracle_steps": 6000,
-         "lora_steps": 6000}
+LARGE = {"batch_size": 128, "train_text": (2000, 1e-4, 0.0, 0.01), "train_mixed": (500, 1e-4, 0.0, 0.01),
+         "train_latent": (3000, 1e-4, 0.0, 0.01), "train_oracle": (6000, 1e-4, 0.0, 0.01),
+         "train_lora": (6000, 1e-4, 0.0, 0.01)}
 # The seed's published checkpoints: of GPT-2-large, on sums of 2 to 4 digits, readings as they are.
 SEED = {"model": "gpt2-large", "digits": (2, 3, 4), "whiten": False}
 # What a later part may set for itself; everything else is as it was when the run's coconut was trained.
-OWN = {"probes": ("probe_problems", "probe_epochs"),
-       "oracle": ("oracle_steps", "oracle_lr", "oracle_muon", "rehearsal"),
-       "lora": ("lora_steps", "lora_lr", "lora_muon", "lora_rank")}
-ANYTIME = ("eval_problems", "log_every", "save_every", "weights")
+OWN = {"probes": ("probe_problems", "train_probes"), "oracle": ("train_oracle", "rehearsal", "labels", "families"),
+       "lora": ("train_lora", "lora_rank")}
+ANYTIME = ("eval_problems", "prior", "log_every", "save_every", "weights")
 SESSION = ("stage", "out", "resume", "force", "device", "dtype", "compile")  # not a property of the run
 
 class UserError(Exception):
@@ -202,32 +225,41 @@ def parse(argv):
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         extra = {"action": argparse.BooleanOptionalAction} if field.type is bool else {}
-        note = "" if field.default in (None, "", False) else f" (default {field.default})"
+        note = "" if field.default in (None, "", (), False) else f" (default {field.default})"
         extra["help"] = field.metadata["help"] + note
         parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata | extra)
     given = vars(parser.parse_args(argv))
     seed = given.get("protocol") == "seed"
     stage, out = given.get("stage", "all"), given.get("out") or f"runs/{'seed' if seed else given.get('model', 'tiny')}"
+    saved = {}
     if seed:
-        base = SEED
+        base = dict(SEED)
     elif stage in ("all", "coconut") and not given.get("resume"):
-        base = LARGE if given.get("model", "tiny") != "tiny" else {}
-    else:
-        base = {}
-        for name, value in load_json(Path(out) / "config.json").items():  # through the parser: a file may be damaged
-            flag = "--" + name.replace("_", "-")
-            words = [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-            try:
-                words = [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else words
-                base |= vars(parser.parse_args(words))
-            except UserError as e:
-                raise UserError(f"{out}/config.json: {e}; restore it, or choose another --out") from None
-        free = (*ANYTIME, *SESSION, *(() if given.get("resume") else OWN.get(stage, ())))
-        for name in set(given) & set(base) - set(free):
-            if given[name] != base[name]:
-                raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {base[name]}: "
-                                "leave it out, or choose another --out")
+        base = dict(LARGE) if given.get("model", "tiny") != "tiny" else {}
+    else:  # through the parser: the file may be damaged
+        try:
+            base = saved = vars(parser.parse_args(list(flags(load_json(Path(out) / "config.json")))))
+        except UserError as e:
+            raise UserError(f"{out}/config.json: {e}; restore it, or choose another --out") from None
+    whole = {name: value for name, value in vars(Config).items() if name.startswith("train_")}
+    for values in (base, given):  # recipes of which only the first fields are given
+        values |= {name: values[name] + whole[name][len(values[name]):] for name in whole.keys() & values.keys()}
+        whole |= {name: values[name] for name in whole.keys() & values.keys()}
+    free = (*ANYTIME, *SESSION, *(() if given.get("resume") else OWN.get(stage, ())))
+    for name in given.keys() & saved.keys() - set(free):
+        if given[name] != saved[name]:
+            raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}: "
+                            "leave it out, or choose another --out")
     return Config(**{**base, **given, "out": out})
+
+def flags(saved):
+    """The content of a config.json -> the command line that says the same."""
+    for name, value in saved.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            yield flag if value else "--no-" + flag[2:]
+        else:
+            yield from (flag, ",".join(map(str, value)) if isinstance(value, list) else str(value))
 
 def load_json(path):
     """The object in a JSON file; {} where there is no file. Raises UserError on a damaged one."""
@@ -244,41 +276,58 @@ def load_json(path):
 SPECIAL = {"<bot>": ":", "<sep>": ".", "<eot>": " answer", "<act>": " thought"}
 IGNORE = -100  # a target that is not trained on
 
-def phrasings(nouns, places):
-    """Every way to ask for one of the nouns in one of the places."""
-    return [f"{opener} {noun}{place}{mark}" for opener, mark in (("What is", "?"), ("Which is", "?"), ("Write", "."))
-            for noun in nouns for place in places]
+def phrasings(openers, nouns, places):
+    """Every way to ask for one of the nouns in one of the places; an opener has {} where these go."""
+    return [opener.format(noun + place) for opener in openers for noun in nouns for place in places]
 
-# Question families of the activation oracle, and the phrasing of each that is kept for evaluation alone.
+WHAT, THERE = ("What is {}?", "Which is {}?", "Write {}."), ("Is there {}?", "Say if there is {}.")
+NO_YES = ("no", "yes")
+# Families of questions about one thought, answered from the text step that it stands for.
 QUESTIONS = {
-    "step": phrasings(("the intermediate calculation", "the calculation", "this calculation"),
+    "step": phrasings(WHAT, ("the intermediate calculation", "the calculation", "this calculation"),
                       (" at this reasoning step", " at this step", " of this step", "")),
-    "answer": phrasings(("the final answer", "the answer", "the final result", "the result"),
+    "answer": phrasings(WHAT, ("the final answer", "the answer", "the final result", "the result"),
                         (" to this problem", " of this problem", "")),
-    "problem": phrasings(("the problem", "this problem"), (" being solved", " at this step", " of this step", "")),
+    "problem": phrasings(WHAT, ("the problem", "this problem"),
+                         (" being solved", " at this step", " of this step", "")),
+    "carry_in": phrasings(THERE, ("a carry", "any carry"), (" into this column", " from the column before")),
+    "carry_out": phrasings(THERE, ("a carry", "any carry"), (" out of this column", " into the next column")),
+    "digit": phrasings(WHAT, ("the digit", "the written digit"), (" at this step", " of this step", " in this column")),
+    "column": phrasings(WHAT, ("the column", "the number of the column"), (" at this step", " of this step", "")),
+    "longer": phrasings(("Is the answer {}?", "Is the result {}?", "Is the sum {}?"), ("longer", "one digit longer"),
+                        (" than the operands", " than the numbers")),
 }
-HELD_OUT = {"step": "Which is the calculation of this step?", "answer": "Which is the final result of this problem?",
-            "problem": "Which is the problem being solved?"}
+# Families of questions about what the model itself goes on to do, asked of all its thoughts at once; # is a column.
+MODEL_QUESTIONS = {
+    "written": phrasings(("Which digit {}?", "Write the digit that {}."), ("will be", "is"),
+                         (" written in column #", " in column # of the answer")),
+    "carried": phrasings(("Does the answer have {}?", "Does the sum have {}?"), ("a carry", "any carry"),
+                         (" into column #", " coming into column #")),
+}
+OF_PROBLEM = ("answer", "problem", "longer")  # asked of the last thought, as the seed does
+ASKED = QUESTIONS | MODEL_QUESTIONS
+HELD_OUT = {family: phrased[len(phrased) // 2] for family, phrased in ASKED.items()}  # kept for evaluation
+TRAINED = {family: [q for q in phrased if q != HELD_OUT[family]] for family, phrased in ASKED.items()}
 SEED_QUESTIONS = {"step": "What is the intermediate calculation at this reasoning step?",
                   "answer": "What is the final answer?", "problem": "What problem is being solved?"}
-TRAINED = {family: [q for q in asked if q != HELD_OUT[family]] for family, asked in QUESTIONS.items()}
 
 def columns(a, b):
-    """Add a + b by hand: one (digit of a, digit of b, carry in, digit written, carry out) per column, lowest first."""
+    """Add a + b by hand: one (digit of a, digit of b, carry in, digit written, carry out) per column, lowest first; the
+    last holds the final carry alone."""
     out, carry = [], 0
     for da, db in zip(reversed(str(a)), reversed(str(b))):
         total = int(da) + int(db) + carry
         out.append((int(da), int(db), carry, total % 10, total // 10))
         carry = out[-1][-1]
-    return out
+    return [*out, (0, 0, carry, carry, 0)]
 
 def column_text(da, db, carry_in, digit, carry_out):
     return (f"{da}+{db}" + "+1" * carry_in + f"={da + db + carry_in} write {digit}" + " carry 1" * carry_out)
 
 def steps_of(a, b):
     """The D+1 steps of a + b as text; the last slot is the final carry, there or not."""
-    cols = columns(a, b)
-    return [column_text(*c) for c in cols] + ["carry 1 write 1" if cols[-1][-1] else "carry 0"]
+    *cols, final = columns(a, b)
+    return [column_text(*c) for c in cols] + ["carry 1 write 1" if final[2] else "carry 0"]
 
 def split_of(a, b):
     """0 train, 1 validation, 2 test (85 / 5 / 10%), by a hash of the unordered pair. a, b: integer arrays (n,).
@@ -322,9 +371,9 @@ class Text:
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
     def __init__(self, ranks=None, seed=False):
-        self.seed = seed
+        self.seed, self.questions = seed, SEED_QUESTIONS if seed else HELD_OUT
         if ranks is None:
-            corpus = " ".join([q for asked in TRAINED.values() for q in asked] + ["Layer write carry"])
+            corpus = " ".join([q for asked in TRAINED.values() for q in asked] + ["Layer write carry neither", *NO_YES])
             words = sorted({w for word in re.findall(r"[A-Za-z]+", corpus) for w in (word, " " + word)})
             pieces = [bytes([i]) for i in range(256)] + [f" {d}".encode() for d in range(10)]
             ranks = {piece: i for i, piece in enumerate(pieces + [w.encode() for w in words if len(w) > 1])}
@@ -444,6 +493,10 @@ class Cache(NamedTuple):
     valid: torch.Tensor | None  # (B, S) bool: positions that may be attended to; None: all
     pos: torch.Tensor | int  # position of the next token: (B, 1), or one for all rows
 
+    def map(self, change):
+        """The cache with every layer's keys and values changed."""
+        return self._replace(kv=tuple((change(k), change(v)) for k, v in self.kv))
+
 class GPT(nn.Module):
     def __init__(self, n_vocab, layers, heads, width, positions):
         super().__init__()
@@ -534,9 +587,8 @@ def think(model, h, cache, thoughts, read=()):
         h, cache, reading = model(x, cache, read=read)
         readings.append(reading)
     if thoughts.bottleneck:
-        K = thoughts.count
-        valid = None if cache.valid is None else cache.valid[:, -K:]
-        cache = Cache(tuple((k[:, :, -K:], v[:, :, -K:]) for k, v in cache.kv), valid, cache.pos)
+        valid = None if cache.valid is None else cache.valid[:, -thoughts.count:]
+        cache = cache.map(lambda x: x[:, :, -thoughts.count:])._replace(valid=valid)
     return cache, torch.cat(readings, dim=1) if read and readings else None
 
 @torch.no_grad()
@@ -604,19 +656,17 @@ def exchange(cache, donor, at):
 # 6. Injection (Activation Oracles, section 3) and LoRA
 class Injection(NamedTuple):
     """Readings to be added to the residual stream: h' = h + scale * ||h|| * v / ||v||, at given positions only."""
-    layer: int
-    vectors: torch.Tensor  # (B, A, C), one per <act> token
+    vectors: dict  # layer -> (B, A, C), one per <act> token
     positions: torch.Tensor  # (B, A)
     scale: float
 
     def at(self, layer, x):
-        """x (B, T, C) with the vectors added if this is the layer, out of place."""
-        if layer != self.layer:
+        """x (B, T, C) with the vectors for this layer added, out of place."""
+        if layer not in self.vectors:
             return x
-        index = self.positions[:, :, None].expand(-1, -1, x.shape[2])
-        h = x.gather(1, index)
-        unit = self.vectors / self.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        return x.scatter_add(1, index, (self.scale * h.norm(dim=-1, keepdim=True) * unit).to(x.dtype))
+        index, v = self.positions[:, :, None].expand(-1, -1, x.shape[2]), self.vectors[layer]
+        size = self.scale * x.gather(1, index).norm(dim=-1, keepdim=True)
+        return x.scatter_add(1, index, (size * v / v.norm(dim=-1, keepdim=True).clamp_min(1e-8)).to(x.dtype))
 
 def add_lora(model, rank):
     """Freeze the model and give every block matrix an adapter W + 2 A B (LoRA, section 4.1; alpha = 2 rank).
@@ -698,16 +748,18 @@ def write_text(path, content):
     os.replace(part, path)
 
 def record(run, **sections):
-    """Merge sections into results.json, at every depth."""
+    """Put sections into results.json: what several parts measure is merged, at every depth, the rest replaced."""
     def merge(old, new):
         both = isinstance(old, dict) and isinstance(new, dict)
         return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}} if both else new
-    results = merge(load_json(run.out / "results.json"), sections)
+    results = load_json(run.out / "results.json")
+    for name, new in sections.items():
+        results[name] = merge(results.get(name), new) if name in ("coconut", "probes", "seconds") else new
     write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 def load_last(run, part=None, params=(), optimizers=()):
-    """With --resume: the part that last.pt stands in; if it is `part`, its step, and its state goes into the arguments."""
+    """With --resume: the part that last.pt stands in and, if it is `part`, its step; its state goes into the rest."""
     path = run.out / "last.pt"
     if not run.cfg.resume or not path.exists():
         return None, 0
@@ -723,10 +775,10 @@ def load_last(run, part=None, params=(), optimizers=()):
     except Exception as e:  # a damaged or hostile file raises nearly anything
         raise UserError(f"{path} is no checkpoint of this run: delete it to train its part again") from e
 
-def make_optimizers(model, lr, muon_lr=0.0, decay=0.01):
+def make_optimizers(model, lr, muon_lr, decay):
     """AdamW on what is trainable; with muon_lr > 0, Muon (Jordan et al. 2024) on the blocks' matrices instead.
 
-    After 500 oracle steps on the same thoughts, Muon's oracle read 0.70 of the steps, AdamW's 0.48 (single trials, validation).
+    After 500 oracle steps on the same thoughts, Muon's oracle read 0.70 of the steps, AdamW's 0.48 (single trials).
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in params.items() if muon_lr and p.ndim == 2 and name.startswith("h.")]
@@ -737,12 +789,14 @@ def make_optimizers(model, lr, muon_lr=0.0, decay=0.01):
         group["peak"] = group["lr"]
     return optimizers
 
-def fit(run, part, model, optimizers, loss_of, steps):
+def fit(run, part, model, recipe, loss_of):
     """The training loop of every part: linear warm-up over 50 steps, then linear decay to zero.
 
-    loss_of(step) -> (loss, (B,) which examples are right); its data is a function of the step.
+    recipe: steps, AdamW's rate, Muon's, weight decay; loss_of(step) -> (loss, (B,) which examples are right), its data
+    a function of the step.
     """
-    cfg, begin = run.cfg, time.time()
+    (steps, *rates), cfg, begin = recipe, run.cfg, time.time()
+    optimizers = make_optimizers(model, *rates)
     params = [p for p in model.parameters() if p.requires_grad]
     _, first = load_last(run, part, params, optimizers)
     saved = logged = begin
@@ -760,7 +814,7 @@ def fit(run, part, model, optimizers, loss_of, steps):
         sums += torch.stack([loss.detach(), exact.mean()])  # stays on the device: no wait for it within the interval
         count, now = count + 1, time.time()
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            log(run, part, step + 1, steps, *(sums / count).tolist(), cfg.batch_size * count / (now - logged),
+            log(run, part, step + 1, steps, *(sums / count).tolist(), len(exact) * count / (now - logged),
                 (now - begin) / (step + 1 - first) * (steps - step - 1))
             logged, count = time.time(), 0
             sums.zero_()
@@ -780,117 +834,134 @@ def log(run, part, step, steps, loss, exact, speed, eta):
 
 # -----------------------------------------------------------------------------------------------------------
 # 8. Coconut: from text steps to thoughts
-def coconut_loss(model, batch, thoughts):
+def coconut_loss(model, batch, thoughts, read=()):
     """Cross-entropy on what the model must write: its text steps and the answer, never the problem's digits.
 
-    -> mean loss over those tokens; (B,) 1. where the whole answer is right under teacher forcing, else 0.
+    -> mean loss over those tokens; (B,) 1. where the whole answer is right under teacher forcing, else 0.; readings.
     """
     n_text = batch.text_target.shape[1]
     h, cache, _ = model(model.wte(batch.prefix), valid=batch.valid, last=max(n_text, 1))
-    cache, _ = think(model, h[:, -1:], cache, thoughts)
+    cache, readings = think(model, h[:, -1:], cache, thoughts, read)
     said, _, _ = model(model.wte(batch.answer), cache)
     written = torch.cat([h[:, h.shape[1] - n_text:], said], dim=1)  # logits only where they are used
     target = torch.cat([batch.text_target, batch.answer_target], dim=1)
     logits = model.logits(written)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE)
-    return loss, all_right(logits[:, n_text:], batch.answer_target)
+    return loss, all_right(logits[:, n_text:], batch.answer_target), readings
 
 def all_right(logits, target):
     """Rows (B,) whose every target token has the highest logit, as 0. or 1."""
     return ((logits.argmax(-1) == target) | (target == IGNORE)).all(dim=1).float()
 
-def coconut_batch(run, step, k, purpose, size):
-    """The training batch of a step at stage k, and its Thoughts: one operand length a batch."""
-    rng = rng_of(run.cfg.seed, purpose, step)
-    pairs = draw(rng, TRAIN, int(rng.choice(run.cfg.digits)), size)
-    text_slots, thoughts = plan(run.cfg, run.text, pairs, k)
-    return make_batch(run.text, pairs, text_slots, run.cfg.device), thoughts
+def coconut_step(run, model, step, k, purpose, size, explain=0.0):
+    """Loss and exactness of a training step at stage k: one operand length a batch.
 
-def stage_name(cfg, k):
-    return {max(cfg.digits) + 1: "all", max(cfg.digits) + 2: "bottleneck"}.get(k, str(k))
+    explain: weight of the self-oracle's loss on the live readings of one thought of each problem, which asks a thought
+    to hold the step that it stands for (as SIM-CoT, arXiv:2509.20317, whose decoder is a model of its own).
+    """
+    cfg, text, rng = run.cfg, run.text, rng_of(run.cfg.seed, purpose, step)
+    pairs = draw(rng, TRAIN, int(rng.choice(cfg.digits)), size)
+    text_slots, thoughts = plan(cfg, text, pairs, k)
+    batch = make_batch(text, pairs, text_slots, cfg.device)
+    loss, exact, readings = coconut_loss(model, batch, thoughts, cfg.layers if explain else ())
+    if readings is not None:
+        readings = readings[:, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot]  # each slot's last thought
+        latent = torch.from_numpy(rng.integers(readings.shape[1], size=size))
+        targets = [text.steps(a, b)[text_slots + i] for (a, b), i in zip(pairs.tolist(), latent.tolist())]
+        asked = prompt(cfg, str(rng.choice(TRAINED["step"])), cfg.layers)
+        rows = oracle_rows(text, [asked] * size, targets, cfg.device)
+        loss = loss + explain * oracle_loss(cfg, model, rows, readings[torch.arange(size), latent])[0]
+    return loss, exact
 
 def train_coconut(run):
     """The curriculum: text, then ever more latent slots. Each stage is measured on the test split as it ends."""
     cfg, model = run.cfg, load_model(run, "base") if run.cfg.pretrained else new_model(run)
-    names = [f"coconut {stage_name(cfg, k)}" for k in cfg.curriculum]
+    # Muon learns in the fewest steps. AdamW with much weight decay then leaves more in a thought to read: after 600
+    # oracle steps, decay 0.5 and rate 1e-3 gave 0.73 of the steps, 1.0 and 1e-3 0.82, 1.0 and 2e-3 0.87 (one trial).
+    recipes = {"0": cfg.train_text, "all": cfg.train_latent}
+    names = [f"coconut {name}" for name in cfg.curriculum]
     reached, _ = load_last(run)
     begin = names.index(reached) if reached in names else 0
-    for name, k in list(zip(names, cfg.curriculum))[begin:]:
+    for part, (name, k) in [*zip(names, cfg.curriculum.items())][begin:]:
         def loss_of(step):
-            again = rng_of(cfg.seed, "mix", step).random() < cfg.mix
-            batch, thoughts = coconut_batch(run, step, 0 if again else k, name, cfg.batch_size)
-            return coconut_loss(model, batch, thoughts)
-        steps = {"0": cfg.text_steps, "all": cfg.latent_steps, "bottleneck": cfg.bottleneck_steps}
-        # Muon is the quickest. AdamW with this much weight decay leaves more in a thought to read: after 600 oracle
-        # steps, decay 0.5 and rate 1e-3 gave 0.73 of the steps, 1.0 and 1e-3 0.82, 1.0 and 2e-3 0.87 (single trials).
-        recipe = {"all": (cfg.latent_lr, 0, cfg.latent_decay), "bottleneck": (cfg.latent_lr, 0, cfg.bottleneck_decay)}
-        recipe = recipe.get(stage_name(cfg, k), (cfg.text_lr, cfg.text_muon, cfg.text_decay))
-        fit(run, name, model, make_optimizers(model, *recipe), loss_of,
-            steps.get(stage_name(cfg, k), k * cfg.stage_steps))
+            return coconut_step(run, model, step, k, part, cfg.batch_size, cfg.explain)
+        fit(run, part, model, recipes.get(name, (cfg.train_mixed[0] * k, *cfg.train_mixed[1:])), loss_of)
         if k == 0 and not cfg.pretrained:
             write_safetensors(run.out / "base.safetensors", model.state_dict())
         scores = coconut_scores(run, model, k)
-        print(f"{name:<11} | held-out exact match {show_rate(scores)}, teacher-forced "
+        print(f"{part:<11} | held-out exact match {show_rate(scores)}, teacher-forced "
               f"{scores['teacher_forced']['exact']:.3f}", flush=True)
-        record(run, coconut={"stages": {stage_name(cfg, k): scores}})
+        record(run, coconut={"stages": {name: scores}})
     write_safetensors(run.out / "coconut.safetensors", model.state_dict())
 
 # -----------------------------------------------------------------------------------------------------------
 # 9. Oracles: read a thought's hidden state in words
-class Pool(NamedTuple):
-    """Readings of all slots of some problems, problem after problem, with what they are readings of."""
-    vectors: torch.Tensor  # (N, R, C), one for each layer read
-    pairs: np.ndarray  # (N, 2)
-    slot: np.ndarray  # (N,)
-    slots: np.ndarray  # (N,) number of slots of the problem
-    text: Text
+class Runs(NamedTuple):
+    """Problems of one length, thought about with all slots latent; in patched runs one slot's thoughts are not own."""
+    pairs: np.ndarray  # (n, 2)
+    readings: torch.Tensor  # (n, slots, L+1, C): every layer of each slot's last thought
+    wrote: np.ndarray | None  # (n, D) str: the digits that the answer then had, lowest column first; "" for none
 
-    @property
-    def digits(self):
-        """(N,) number of digits of an operand; also the slot of the final carry."""
-        return np.array([len(str(a)) for a in self.pairs[:, 0]])
+@torch.no_grad()
+def think_about(run, model, pairs, rng=None):
+    """-> Runs, without answers. With rng: Runs with answers, and the same with one slot, a random one of each problem,
+    exchanged for the problem before's."""
+    cfg, D, every = run.cfg, len(str(pairs[0, 0])), run.cfg.thoughts_per_slot
+    with amp(cfg):
+        cache, read = ponder(cfg, run.text, model, pairs, cfg.last, read=range(len(model.h) + 1))
+        def runs(cache, read, answered):
+            wrote = digits_of(answer(run.text, model, cache, D), D) if answered else None
+            return Runs(pairs, read[:, every - 1::every].float(), wrote)
+        if rng is None:
+            return runs(cache, read, False)
+        slot = rng.integers(D + 1, size=(len(pairs), 1))
+        at = torch.from_numpy(slot == np.arange(read.shape[1]) // every).to(cfg.device)
+        patched = torch.where(at[:, :, None, None], read.roll(1, 0), read)
+        return runs(cache, read, True), runs(exchange(cache, cache.map(lambda x: x.roll(1, 0)), at), patched, True)
 
-    def target(self, i, family):
-        """The text that answers a question of this family about reading i."""
-        a, b = self.pairs[i].tolist()
-        if family == "step":
-            return self.text.steps(a, b)[self.slot[i]]
-        return str(a + b) if family == "answer" else self.text.problem(a, b)
+def digits_of(answers, D):
+    """Answers as text -> (n, D) str: the digits of the lowest D columns, lowest first; "" where there is none."""
+    return np.array([[re.sub(r"\D", "", said[::-1][c:c + 1]) for c in range(D)] for said in answers])
 
-def collect(run, model, problems, white=lambda vectors: vectors):
-    """Let the model think about problems (a list of (n, 2), one per length), all slots latent -> Pool."""
-    cfg, parts = run.cfg, []
-    for pairs in problems:
-        with amp(cfg):
-            _, read = ponder(cfg, run.text, model, pairs, cfg.curriculum[-1], read=cfg.layers)
-        read = read[:, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot]  # a slot's last thought: (n, slots, R, C)
-        n, slots = read.shape[:2]
-        parts.append(Pool(white(read.flatten(0, 1)).float(), pairs.repeat(slots, axis=0), np.tile(np.arange(slots), n),
-                          np.full(n * slots, slots), run.text))
-    return Pool(torch.cat([p.vectors for p in parts]), *(np.concatenate(x) for x in list(zip(*parts))[1:4]), run.text)
+def text_says(text, a, b, slot, family):
+    """The text that answers a question of this family about the thought of a slot of a + b."""
+    if family == "step":
+        return text.steps(a, b)[slot]
+    _, _, carry_in, digit, carry_out = columns(a, b)[slot]
+    return {"answer": str(a + b), "problem": text.problem(a, b), "carry_in": NO_YES[carry_in],
+            "carry_out": NO_YES[carry_out], "digit": str(digit), "column": str(slot),
+            "longer": NO_YES[a + b >= 10 ** len(str(a))]}[family]
 
-def whitener(run, model):
-    """-> function of readings (..., R, C): with --whiten, each layer's centred and of unit variance in all directions.
+def model_says(runs, i, column, family):
+    """The text that answers a question of this family about what the model wrote in run i."""
+    digit, a, b = runs.wrote[i, column], *(int(n) // 10**column % 10 for n in runs.pairs[i])
+    return str(digit) if family == "written" else [*NO_YES, "neither"][min(2, (int(digit or 0) - a - b) % 10)]
+
+def whitener(run, model, whiten=True):
+    """-> function of readings (..., L+1, C): those of the layers read, (..., R, C), each layer's centred and of unit
+    variance in all directions if `whiten`.
 
     Thoughts vary by orders of magnitude more along what the model uses than along the rest; injected as they are, the
     rest is lost. ZCA (Kessy et al. 2018) is the whitening that stays closest to the residual stream's own axes. Its
     statistics are a function of the model and of training readings alone.
     """
-    cfg = run.cfg
-    if not cfg.whiten:
-        return lambda vectors: vectors
+    cfg, layers = run.cfg, list(run.cfg.layers)
+    if not whiten:
+        return lambda readings: readings[..., layers, :]
     train = chunks(draw(rng_of(cfg.seed, "whiten", d), TRAIN, d, 1000) for d in cfg.digits)
-    x, zca = collect(run, model, train).vectors.double(), []
+    x = torch.cat([think_about(run, model, pairs).readings[:, :, layers].flatten(0, 1) for pairs in train]).double()
+    zca = []
     for layer in (x - x.mean(0)).unbind(1):
         variance, axes = torch.linalg.eigh(torch.cov(layer.T))
         zca.append(axes @ torch.diag((variance.clamp_min(0) + 1e-6 * variance.max()).rsqrt()) @ axes.T)
     mean, zca = x.mean(0), torch.stack(zca)
     # float64: autocast leaves it alone
-    return lambda vectors: torch.einsum("...rc,rcd->...rd", vectors.double() - mean, zca).float()
+    return lambda readings: torch.einsum("...rc,rcd->...rd", readings[..., layers, :].double() - mean, zca).float()
 
-def prompt(cfg, question, acts=1):
-    layers = ", ".join(str(layer - (cfg.protocol == "seed")) for layer in cfg.layers)
-    return f"Layer {layers}: {'<act>' * acts} {question}"
+def prompt(cfg, question, layers, slots=1):
+    """An <act> token for each layer read of one thought, or one for each thought of a run."""
+    names = ", ".join(str(layer - (cfg.protocol == "seed")) for layer in layers)
+    return f"Layer {names}: {'<act>' * (len(layers) if slots == 1 else slots)} {question}"
 
 def oracle_rows(text, prompts, targets, device):
     """Prompts with their targets -> ids (B, T), targets (B, T') for the last T' positions with IGNORE over the prompt,
@@ -903,88 +974,108 @@ def oracle_rows(text, prompts, targets, device):
     act = np.array([[at for at, i in enumerate(p) if i == text.act] for p, _ in pairs])
     return tuple(torch.from_numpy(x).to(device) for x in (ids, target, act))
 
+def injection(cfg, vectors, act):
+    """One thought's readings (B, R, C), an <act> token each, where --inject-layers says; or those of all layers of all
+    thoughts of a run (B, slots, L+1, C), an <act> token for each thought, each layer below the last where it was read:
+    that is all that the answer sees of them. -> Injection."""
+    whole = vectors.ndim == 4
+    at = dict(enumerate(vectors.unbind(2)[:-1])) if whole else dict.fromkeys(cfg.into_layers, vectors)
+    return Injection(at, act, cfg.scale)
+
 def oracle_loss(cfg, model, rows, vectors):
-    """Cross-entropy of the targets given readings (B, A, C). -> mean loss, (B,) 1. where all is right."""
+    """Cross-entropy of the targets given readings, as injection() takes them. -> mean loss, (B,) 1. where right."""
     ids, target, act = rows
-    injection = Injection(cfg.inject_layer, vectors, act, cfg.scale)
-    h, _, _ = model(model.wte(ids), inject=injection, last=target.shape[1])
+    h, _, _ = model(model.wte(ids), inject=injection(cfg, vectors, act), last=target.shape[1])
     logits = model.logits(h)
     return (F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE),
             all_right(logits, target))
 
-def oracle_batches(run, coconut, split, purpose, size):
-    """-> batch_at(step): rows and readings of fresh problems, for both oracles in the same order.
+def show(vectors, view):
+    """Readings (..., R, C) with zeros, which inject nothing, for the layers that are not in view."""
+    return vectors * torch.tensor([float(r in view) for r in range(vectors.shape[-2])], device=vectors.device)[:, None]
 
-    Readings are collected for some 512 problems of the greatest length at a time, and half as many for each digit less,
-    as these are learnt sooner. Each is asked about its step at most once; 3% of the rows ask the last thought for the
-    answer, 3% for the problem (the seed asks these of it, too).
-    All rows of a batch ask a family in one phrasing: less padding.
+def oracle_batches(run, coconut, split, purpose, size):
+    """-> batch_at(step): rows and readings of fresh problems of one length, for both oracles in the same order.
+
+    Gold labels ask about one thought: of its step, and in 2% of the rows of each other family (of what belongs to the
+    whole problem the last thought is asked, as in the seed). Model labels ask about all thoughts of a patched run, half
+    of the rows about a digit that the patch changed: these are the hard ones. One phrasing a family and batch: less
+    padding.
     """
-    cfg, white = run.cfg, whitener(run, coconut)
-    count = {d: 2 * (max(256, size) >> (max(cfg.digits) - d)) for d in cfg.digits}
-    per_pool = sum(n * d + n // 2 for d, n in count.items()) // size
+    cfg, text, white = run.cfg, run.text, whitener(run, coconut, run.cfg.whiten)
+    families = list(QUESTIONS)[:None if cfg.families == "all" else int(cfg.families)]
+    shares = [1 - 0.02 * (len(families) - 1)] + [0.02] * (len(families) - 1)
+    lengths = np.array([0.5 ** (max(cfg.digits) - d) for d in cfg.digits])  # short problems are learnt sooner
     @lru_cache(maxsize=1)
     def pool_at(refill):
         rng = rng_of(cfg.seed, purpose, "pool", refill)
-        pool = collect(run, coconut, [draw(rng, split, d, n) for d, n in count.items()], white)
-        # The last slot has two answers: those of every other problem will do.
-        final = pool.slot == pool.digits
-        asked = ~final | (np.cumsum(pool.slot == 0) % 2 == 0)
-        return pool, rng.permutation(np.flatnonzero(asked)), np.flatnonzero(final)
+        patch = rng if cfg.labels != "gold" else None
+        return [think_about(run, coconut, draw(rng, split, d, 512), patch) for d in cfg.digits]
     def batch_at(step):
-        pool, order, final = pool_at(step // per_pool)
         rng = rng_of(cfg.seed, purpose, step)
-        start = step % per_pool * size
-        index = order[start:start + size].copy()
-        families = rng.choice(list(QUESTIONS), size=len(index), p=(0.94, 0.03, 0.03))
-        whole = families != "step"
-        index[whole] = rng.choice(final, size=whole.sum())
-        asked = {family: prompt(cfg, str(rng.choice(TRAINED[family])), len(cfg.layers)) for family in QUESTIONS}
-        targets = [pool.target(i, f) for i, f in zip(index, families)]
-        rows = oracle_rows(run.text, [asked[f] for f in families], targets, cfg.device)
-        return rows, pool.vectors[torch.from_numpy(index)]
+        length = rng.choice(len(lengths), p=lengths / lengths.sum())
+        runs, D = pool_at(step // (32 * len(cfg.kinds)))[length], cfg.digits[length]
+        if cfg.kinds[step % len(cfg.kinds)] == "model":
+            clean, patched = runs
+            cells = rng.integers((512, D), size=(size, 2))
+            changed = np.argwhere(clean.wrote != patched.wrote)
+            family = str(rng.choice(list(MODEL_QUESTIONS), p=(0.9, 0.1)))
+            if len(changed) and family == "written":
+                cells[::2] = rng.choice(changed, size=len(cells[::2]))
+            asked, layers = str(rng.choice(TRAINED[family])), range(len(coconut.h))
+            prompts = [prompt(cfg, asked.replace("#", str(column)), layers, D + 1) for column in cells[:, 1]]
+            targets, vectors = [model_says(patched, *cell, family) for cell in cells], patched.readings[cells[:, 0]]
+        else:
+            clean = runs if cfg.labels == "gold" else runs[0]
+            index, asked = rng.integers(512, size=size), rng.choice(families, size=size, p=shares)
+            slot = rng.choice(D + 1, size=size, p=[2 / (2 * D + 1)] * D + [1 / (2 * D + 1)])  # the last has two answers
+            slot[np.isin(asked, OF_PROBLEM)] = D
+            one = {family: prompt(cfg, str(rng.choice(TRAINED[family])), cfg.layers) for family in families}
+            prompts, pairs = [one[family] for family in asked], clean.pairs[index].tolist()
+            targets = [text_says(text, *pair, *of) for pair, of in zip(pairs, zip(slot, asked))]
+            # Of several layers, every other batch shows one alone: the oracle learns to do with each.
+            view = list(cfg.views.values())[-1 if rng.random() < 0.5 else rng.integers(len(cfg.views))]
+            vectors = show(white(clean.readings[index, slot]), view)
+        return oracle_rows(text, prompts, targets, cfg.device), vectors
     return batch_at
 
-def train_oracle(run):
-    """Self-oracle: the Coconut model, fine-tuned to read the thoughts of its frozen former self."""
-    cfg, coconut, model = run.cfg, load_model(run, "coconut"), load_model(run, "coconut")
+def train_oracle(run, name="oracle"):
+    """Self-oracle: the Coconut model, fine-tuned to read the thoughts of its frozen former self. LoRA oracle: a
+    separate, frozen base model (from scratch: the stage-0 model) with adapters, on the same data."""
+    cfg, coconut, lora = run.cfg, load_model(run, "coconut"), name == "lora"
+    model = load_model(run, "base" if lora else "coconut")
+    if lora:
+        add_lora(model, cfg.lora_rank)
     batch_at = oracle_batches(run, coconut, TRAIN, "oracle", cfg.batch_size)
     def loss_of(step):
         loss, exact = oracle_loss(cfg, model, *batch_at(step))
         rng = rng_of(cfg.seed, "which rehearsal", step)
-        if rng.random() < cfg.rehearsal:
+        if rng.random() < cfg.rehearsal and not lora:
             # Text CoT or thoughts, a quarter of a batch: after text alone (as in the seed) none of 1000 held-out
             # problems was still solved in thoughts. Added to the oracle's loss, since every step of Muon is as large
             # as any other.
-            k = cfg.curriculum[-1] if rng.random() < 0.5 else 0
-            batch, thoughts = coconut_batch(run, step, k, "rehearsal", math.ceil(cfg.batch_size / 4))
-            loss = loss + coconut_loss(model, batch, thoughts)[0]
+            k = cfg.last if rng.random() < 0.5 else 0
+            loss = loss + coconut_step(run, model, step, k, "rehearsal", math.ceil(cfg.batch_size / 4))[0]
         return loss, exact
-    fit(run, "oracle", model, make_optimizers(model, cfg.oracle_lr, cfg.oracle_muon), loss_of, cfg.oracle_steps)
-    write_safetensors(run.out / "oracle.safetensors", model.state_dict())
-
-def train_lora(run):
-    """LoRA oracle: a separate, frozen base model (from scratch: the stage-0 model) with adapters, on the same data."""
-    cfg, coconut, model = run.cfg, load_model(run, "coconut"), load_model(run, "base")
-    add_lora(model, cfg.lora_rank)
-    batch_at = oracle_batches(run, coconut, TRAIN, "oracle", cfg.batch_size)
-    fit(run, "lora", model, make_optimizers(model, cfg.lora_lr, cfg.lora_muon),
-        lambda step: oracle_loss(cfg, model, *batch_at(step)), cfg.lora_steps)
-    write_safetensors(run.out / "lora.safetensors", {k: p for k, p in model.state_dict().items() if ".lora_" in k})
+    steps, *rates = cfg.train_lora if lora else cfg.train_oracle
+    fit(run, name, model, (steps * len(cfg.kinds), *rates), loss_of)
+    weights = {key: w for key, w in model.state_dict().items() if not lora or ".lora_" in key}
+    write_safetensors(run.out / f"{name}.safetensors", weights)
 
 def ask(run, oracle, vectors, question):
-    """The oracle's greedy answers to one question about readings (N, A, C); a zero reading injects nothing."""
+    """The oracle's greedy answers to one question about readings, as injection() takes them; zeros inject nothing."""
     cfg, text, answers = run.cfg, run.text, []
-    ids = torch.tensor([text.ids(prompt(cfg, question, vectors.shape[1]))], device=cfg.device)
+    about = (range(len(oracle.h)), vectors.shape[1]) if vectors.ndim == 4 else (cfg.layers,)
+    ids = torch.tensor([text.ids(prompt(cfg, question, *about))], device=cfg.device)
     at = (ids == text.act).nonzero()[:, 1][None]
     # The seed's oracle never learnt to begin its answer, and is asked for it so (scripts/10, evaluate).
     short = question == SEED_QUESTIONS["answer"]
     hold = (text.seed * (2 if short else 3), (text.eos, text.bot, text.sep, text.eot, text.act))
     for chunk in vectors.split(1024):
         n = len(chunk)
-        injection = Injection(cfg.inject_layer, chunk, at.expand(n, -1), cfg.scale)
         with torch.no_grad(), amp(cfg):
-            h, cache, _ = oracle(oracle.wte(ids.expand(n, -1)), inject=injection, last=1)
+            inject = injection(cfg, chunk, at.expand(n, -1))
+            h, cache, _ = oracle(oracle.wte(ids.expand(n, -1)), inject=inject, last=1)
             written, _, _ = write(oracle, h, cache, text.eos, limit=10 if text.seed and short else 25, hold=hold)
         answers += [text.show(row) for row in written.tolist()]
     if text.seed:
@@ -993,69 +1084,60 @@ def ask(run, oracle, vectors, question):
 
 # -----------------------------------------------------------------------------------------------------------
 # 10. Probes: what a classifier of one or two layers finds in the same readings
+PROBES = {"linear": 0, "mlp": 512}  # name: width of the hidden layer
 PROBED = {"a": 10, "b": 10, "carry": 2, "digit": 10, "step": 200}  # name: classes; step: both operands and carry-in
 
-def new_probe(width, hidden=0):
-    """Linear (hidden = 0) or one-hidden-layer classifiers of a standardized reading (N, C), side by side."""
+def new_probe(run, view, hidden):
+    """Linear (hidden = 0) or one-hidden-layer classifiers of the layers in view, side by side."""
+    torch.manual_seed(run.cfg.seed)
+    width = SIZES[run.cfg.model][2] * len(view)
     body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False), *body, nn.Linear(hidden or width, sum(PROBED.values())))
+    return nn.Sequential(*body, nn.Linear(hidden or width, sum(PROBED.values()))).to(run.cfg.device)
 
-def probe_data(pool):
-    """-> readings (N, R C) and labels (N, 5), final slots left out: they have no operands."""
-    keep = pool.slot < pool.digits
-    labels = []
-    for (a, b), slot in zip(pool.pairs[keep].tolist(), pool.slot[keep]):
-        da, db, carry, digit, _ = columns(a, b)[slot]
-        labels.append((da, db, carry, digit, (da * 10 + db) * 2 + carry))
-    keep = torch.from_numpy(keep)
-    return pool.vectors[keep.to(pool.vectors.device)].flatten(1), torch.tensor(labels, device=pool.vectors.device)
+def probe_data(run, model, white, problems):
+    """-> readings (N, R, C) and labels (N, 5), final slots left out: they have no operands."""
+    x, y = [], []
+    for pairs in problems:
+        cols = [columns(a, b)[:-1] for a, b in pairs.tolist()]
+        x.append(white(think_about(run, model, pairs).readings[:, :-1]).flatten(0, 1))
+        y += [(da, db, carry, digit, (da * 10 + db) * 2 + carry) for each in cols for da, db, carry, digit, _ in each]
+    return torch.cat(x), torch.tensor(y, device=run.cfg.device)
 
-def probe_hits(probe, x, y):
-    """-> bool (N, 5): which labels the probe gets right."""
+def probe_says(probe, x):
+    """Readings (N, R', C) -> (N, 5) int array: the most likely class of each label."""
     with torch.no_grad():
-        parts = probe.eval()(x).split(list(PROBED.values()), dim=1)
-    return torch.stack([part.argmax(-1) for part in parts], dim=1) == y
+        parts = probe(x.flatten(1)).split(list(PROBED.values()), 1)
+    return torch.stack([part.argmax(-1) for part in parts], dim=1).cpu().numpy()
 
-def fit_probe(run, hidden, train, validation):
-    """Cross-entropy on train; the epoch with the best mean validation accuracy is kept. -> Probe"""
-    cfg, (x, y) = run.cfg, train
-    torch.manual_seed(cfg.seed)
-    probe = new_probe(x.shape[1], hidden).to(cfg.device)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=3e-3 if hidden else 1e-2, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.probe_epochs)
-    best, kept = -1.0, None
-    for epoch in range(cfg.probe_epochs):
-        order = torch.from_numpy(rng_of(cfg.seed, "probe", epoch).permutation(len(x))).to(cfg.device)
-        for index in order.split(512):
-            parts = probe.train()(x[index]).split(list(PROBED.values()), dim=1)
-            loss = sum(F.cross_entropy(part, y[index, i]) for i, part in enumerate(parts))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        schedule.step()
-        score = probe_hits(probe, *validation).float().mean().item()
-        if score > best:
-            best, kept = score, copy.deepcopy(probe.state_dict())
-    probe.load_state_dict(kept)
-    return probe
+def load_probes(run, white, name, view):
+    """The probes of a view -> {kind: function of readings (N, L+1, C), as probe_says}."""
+    def load(kind, hidden):
+        probe = new_probe(run, view, hidden)
+        weights = read_safetensors(run.out / "probes.safetensors")
+        probe.load_state_dict({key: weights[f"{kind}.{name}.{key}"] for key in probe.state_dict()})
+        return lambda readings: probe_says(probe, white(readings)[:, view])
+    return {kind: load(kind, hidden) for kind, hidden in PROBES.items()}
 
 def train_probes(run):
-    """Linear and one-hidden-layer probes: trained on train, chosen on validation, reported once on test."""
+    """Linear and one-hidden-layer probes of each view of the layers read, measured once on the test split."""
     cfg, coconut = run.cfg, load_model(run, "coconut")
     white = whitener(run, coconut)
-    def data(problems):
-        return probe_data(collect(run, coconut, problems, white))
-    sets = [data(chunks(draw(rng_of(cfg.seed, "probes", split, d), split, d, n) for d in cfg.digits))
-            for split, n in ((TRAIN, cfg.probe_problems), (VALIDATION, 1000))]
-    test = data(test_problems(run))
-    weights, scores = {}, {}
-    for kind, hidden in (("linear", 0), ("mlp", 512)):
-        probe = fit_probe(run, hidden, *sets)
-        hits = probe_hits(probe, *test).cpu().numpy()
-        scores[kind] = {name: rate(hits[:, i]) for i, name in enumerate(PROBED)}
-        weights.update({f"{kind}.{name}": p for name, p in probe.state_dict().items()})
-        print(f"probe {kind:<6}| " + " | ".join(f"{name} {scores[kind][name]['exact']:.3f}" for name in PROBED))
-    record(run, probes=scores)
+    train = chunks(draw(rng_of(cfg.seed, "probes", d), TRAIN, d, cfg.probe_problems) for d in cfg.digits)
+    (x, y), test = (probe_data(run, coconut, white, problems) for problems in (train, test_problems(run)))
+    weights, scores, steps = {}, {}, defaultdict(dict)
+    for (kind, hidden), (name, view) in itertools.product(PROBES.items(), cfg.views.items()):
+        probe = new_probe(run, view, hidden)
+        def loss_of(step):
+            i = torch.from_numpy(rng_of(cfg.seed, "probe", step).integers(len(x), size=512)).to(cfg.device)
+            parts = probe(x[i][:, view].flatten(1)).split(list(PROBED.values()), 1)
+            return (sum(F.cross_entropy(part, y[i, n]) for n, part in enumerate(parts)),
+                    (parts[-1].argmax(-1) == y[i, -1]).float())
+        fit(run, f"{kind} {name}", probe, cfg.train_probes, loss_of)
+        hits = probe_says(probe, test[0][:, view]) == test[1].cpu().numpy()
+        scores[kind] = {label: rate(hits[:, n]) for n, label in enumerate(PROBED)}  # the last view, all layers, stays
+        steps[kind][name] = scores[kind]["step"]
+        weights.update({f"{kind}.{name}.{key}": p for key, p in probe.state_dict().items()})
+    record(run, probes={**scores, "step_by_layer": steps})
     write_safetensors(run.out / "probes.safetensors", weights)
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1097,12 +1179,13 @@ def coconut_scores(run, model, k):
     return {**rate(sum(by_digits.values(), [])), "teacher_forced": rate(forced),
             "by_digits": {digits: rate(hits) for digits, hits in by_digits.items()}}
 
-def score_steps(said, gold, final):
-    """Lists of said and gold steps, bool array of final-carry slots -> S (see the README).
+def score_steps(text, said, where):
+    """Steps said about readings of `where`, a list of (a, b, slot) -> S (see the README).
 
     operands: both digits and the carry-in right; result: digit and carry-out right (both without the final slot, which
     has neither); token_f1: of the sets of white-space-separated words, as the seed counts it.
     """
+    gold, final = [text.steps(a, b)[slot] for a, b, slot in where], np.array([s == len(str(a)) for a, _, s in where])
     exact = np.array([s == g for s, g in zip(said, gold)])
     operands = np.array([s.partition("=")[0] == g.partition("=")[0] for s, g in zip(said, gold)])
     result = np.array([s.partition(" write ")[2] == g.partition(" write ")[2] for s, g in zip(said, gold)])
@@ -1113,68 +1196,99 @@ def score_steps(said, gold, final):
             "token_f1": float(np.mean(f1)), "exact_no_final": inner["exact"], "n_no_final": inner["n"],
             "ci95_no_final": inner["ci95"]}
 
-def other_reading(kind, pool, rng):
-    """Which reading each control injects in place of reading i -> index (N,).
-
-    shuffled: any other; shuffled_same_slot: same slot of another problem of the same length; wrong_slot: another slot
-    of the same problem. Cyclic shifts of a random order: no reading ever meets itself.
-    """
-    index = np.arange(len(pool.slot))
-    if kind == "wrong_slot":
-        return index - pool.slot + (pool.slot + rng.integers(1, pool.slots)) % pool.slots
-    groups = pool.digits * 100 + pool.slot if kind == "shuffled_same_slot" else np.zeros_like(index)
-    source = index.copy()
-    for group in np.unique(groups):
-        order = rng.permutation(index[groups == group])
-        source[order] = np.roll(order, 1)
-    return source
+def flat(runs, white, change=lambda vectors: vectors):
+    """-> changed readings of every slot of every problem (N, R, C), and what each should be of: a list (a, b, slot)."""
+    vectors = torch.cat([change(white(r.readings)).flatten(0, 1) for r in runs])
+    return vectors, [(a, b, slot) for r in runs for a, b in r.pairs.tolist() for slot in range(r.readings.shape[1])]
 
 def majorities(run):
-    """The most frequent training step overall, and in each (number of digits, slot): baselines that read nothing."""
-    seen, overall = Counter(), Counter()
+    """The most frequent training step, for "all" and each (number of digits, slot): baselines that read nothing."""
+    seen = defaultdict(Counter)
     for d in run.cfg.digits:
         for a, b in draw(rng_of(run.cfg.seed, "majority", d), TRAIN, d, 5000).tolist():
-            steps = run.text.steps(a, b)
-            seen.update((d, slot, step) for slot, step in enumerate(steps))
-            overall.update(steps)
-    by_slot = {key[:2]: key[2] for key, _ in reversed(seen.most_common())}  # the most frequent comes last, and stays
-    return overall.most_common(1)[0][0], by_slot
+            for slot, step in enumerate(run.text.steps(a, b)):
+                seen[d, slot][step] += 1
+                seen["all"][step] += 1
+    return {key: steps.most_common(1)[0][0] for key, steps in seen.items()}
 
-def control_scores(run, oracle, pool):
-    """Step scores with the wrong vector, or with none, and of baselines that read nothing -> {name: S}."""
+def control_scores(run, oracle, runs, white, others):
+    """Step scores with the wrong reading or none, and of baselines that read nothing -> {name: S}.
+
+    shuffled: another problem's, another slot's; shuffled_same_slot: another problem's; wrong_slot: another slot's;
+    others: name -> another Run and model, whose readings of the same problems are shown.
+    """
     rng = rng_of(run.cfg.seed, "controls")
-    gold, final = [pool.target(i, "step") for i in range(len(pool.slot))], pool.slot == pool.digits
-    noise = torch.from_numpy(rng.standard_normal(pool.vectors.shape)).to(pool.vectors)
-    vectors = {"none": torch.zeros_like(pool.vectors), "random": noise}  # injection matches the norm
-    for kind in ("shuffled", "shuffled_same_slot", "wrong_slot"):
-        vectors[kind] = pool.vectors[torch.from_numpy(other_reading(kind, pool, rng)).to(pool.vectors.device)]
-    question = (SEED_QUESTIONS if run.text.seed else HELD_OUT)["step"]
-    scores = {kind: score_steps(ask(run, oracle, v, question), gold, final) for kind, v in vectors.items()}
-    constant, by_slot = majorities(run)
-    scores["constant"] = score_steps([constant] * len(gold), gold, final)
-    scores["slot_majority"] = score_steps([by_slot[key] for key in zip(pool.digits, pool.slot)], gold, final)
-    return scores
+    changes = {"none": torch.zeros_like, "random": lambda v: torch.from_numpy(rng.standard_normal(v.shape)).to(v),
+               "shuffled": lambda v: v.roll((1, 1), (0, 1)), "shuffled_same_slot": lambda v: v.roll(1, 0),
+               "wrong_slot": lambda v: v.roll(1, 1)}
+    vectors = {kind: flat(runs, white, change)[0] for kind, change in changes.items()}
+    for kind, (other, model) in others.items():
+        theirs = [think_about(other, model, r.pairs) for r in runs]
+        vectors[kind] = flat(theirs, whitener(other, model, other.cfg.whiten))[0]
+    said = {kind: ask(run, oracle, v, run.text.questions["step"]) for kind, v in vectors.items()}
+    where, most = flat(runs, white)[1], majorities(run)
+    said["constant"] = [most["all"]] * len(where)
+    said["slot_majority"] = [most[len(str(a)), slot] for a, _, slot in where]
+    return {kind: score_steps(run.text, steps, where) for kind, steps in said.items()}
 
-def oracle_scores(run, oracle, pool):
-    """All three question families in their held-out phrasing -> the oracle's section of results.json."""
-    scores, questions = {}, SEED_QUESTIONS if run.text.seed else HELD_OUT
-    last = np.flatnonzero(pool.slot == pool.slots - 1)
-    for family, index in (("step", np.arange(len(pool.slot))), ("answer", last), ("problem", last)):
-        gold = [pool.target(i, family) for i in index]
-        said = ask(run, oracle, pool.vectors[torch.from_numpy(index)], questions[family])
-        right = np.array([s == g for s, g in zip(said, gold)])
+def oracle_scores(run, oracle, runs, white):
+    """All families of gold labels in their held-out phrasing -> the oracle's section of results.json."""
+    text, (vectors, where) = run.text, flat(runs, white)
+    slots = np.array([slot for _, _, slot in where])
+    last, scores = np.flatnonzero(np.append(slots[1:], 0) == 0), {}
+    for family in [family for family in QUESTIONS if family in text.questions]:
+        index = last if family in OF_PROBLEM else np.arange(len(where))
+        truth = [text_says(text, *where[i], family) for i in index]
+        said = ask(run, oracle, vectors[torch.from_numpy(index)], text.questions[family])
+        right = np.array([s == t for s, t in zip(said, truth)])
+        scores[family] = rate(right)
         if family == "step":
-            scores["step"] = score_steps(said, gold, pool.slot == pool.digits)
-            scores["by_slot"] = {str(s): rate(right[pool.slot == s]) for s in np.unique(pool.slot)}
-            scores["mistakes"] = [{"problem": pool.target(i, "problem"), "slot": int(pool.slot[i]), "step": gold[i],
+            scores["step"] = score_steps(text, said, where)
+            scores["by_slot"] = {str(s): rate(right[slots == s]) for s in np.unique(slots)}
+            scores["mistakes"] = [{"problem": text.problem(*where[i][:2]), "slot": where[i][2], "step": truth[i],
                                    "read": said[i]} for i in np.flatnonzero(~right)[:5]]
-        else:
-            scores[family] = rate(right)
     return scores
 
-def digits_of(answers, D):
-    """Answers as text -> (n, D) str: the digits of the lowest D columns, lowest first; "" where there is none."""
-    return np.array([[said[::-1][c:c + 1] for c in range(D)] for said in answers])
+def lens_scores(run, model, runs):
+    """Logit lens (nostalgebraist 2020) -> {layer: {"a", "b", "digit", "step" (all three)}}: how often these digits are
+    among a reading's 5 most likely tokens, and as NAME_shuffled among another problem's, same slot."""
+    scores, tokens = defaultdict(dict), np.array([run.text.ids(str(d))[0] for d in range(10)])
+    for kind, shift in (("", 0), ("_shuffled", 1)):
+        vectors, where = flat(runs, whitener(run, model, False), lambda v: v.roll(shift, 0))
+        with torch.no_grad():
+            top = model.logits(model.ln_f(vectors)).topk(5).indices.cpu().numpy()  # (N, R, 5)
+        inner = [i for i, (a, _, slot) in enumerate(where) if slot < len(str(a))]
+        digits = np.array([columns(a, b)[slot] for a, b, slot in where])[inner][:, [0, 1, 3]]  # (N', 3)
+        found = (top[inner][:, :, None] == tokens[digits][:, None, :, None]).any(-1)  # (N', R, 3)
+        for layer, hit in zip(run.cfg.layers, found.swapaxes(0, 1)):
+            named = zip(("a", "b", "digit", "step"), (*hit.T, hit.all(1)))
+            scores[str(layer)] |= {name + kind: rate(h) for name, h in named}
+    return scores
+
+def faithfulness(run, oracle, probes, tested, shown, families):
+    """How often what is read of a column is what the model then wrote there -> {reader: {name: R}}.
+
+    gold: the digit of the step that the oracle reads in the column's own slot, from shown(readings); linear, mlp: the
+    probes' digit there; MODEL_QUESTIONS: what the oracle says of all thoughts. clean, patched: in the runs of `tested`,
+    pairs of Runs; changed: digits that the patch changed; wrong: wrong digits of clean runs.
+    """
+    hits, cases = defaultdict(list), ("clean", "wrong", "patched", "changed")
+    for clean, patched in tested:
+        right = digits_of([str(a + b) for a, b in clean.pairs.tolist()], clean.wrote.shape[1])
+        both = ((clean, right, *cases[:2]), (patched, clean.wrote, *cases[2:]))
+        for c, (runs, other, every, special) in itertools.product(range(right.shape[1]), both):
+            steps = ask(run, oracle, shown(runs.readings[:, c]), HELD_OUT["step"])
+            digits = np.array([(re.search(r"write (\d)", step) or " ?")[1] for step in steps])
+            read = {"gold": digits == runs.wrote[:, c]}
+            for kind, probe in probes.items():
+                read[kind] = probe(runs.readings[:, c])[:, 3].astype(str) == runs.wrote[:, c]
+            for family in families:
+                said = ask(run, oracle, runs.readings, HELD_OUT[family].replace("#", str(c)))
+                read[family] = np.array([s == model_says(runs, i, c, family) for i, s in enumerate(said)])
+            for reader, hit in read.items():
+                hits[reader, every] += hit.tolist()
+                hits[reader, special] += hit[runs.wrote[:, c] != other[:, c]].tolist()
+    return {reader: {case: rate(hits[reader, case]) for case in cases} for reader in read}
 
 def causal_scores(run, model):
     """What the answer does when thoughts are exchanged: their keys and values, which is all that it sees of them.
@@ -1190,11 +1304,11 @@ def causal_scores(run, model):
                * x.norm(dim=-1, keepdim=True)}
     for pairs in test_problems(run):
         D = len(str(pairs[0, 0]))
-        cache, _ = ponder(cfg, run.text, model, pairs, cfg.curriculum[-1])
+        cache, _ = ponder(cfg, run.text, model, pairs, cfg.last)
         own = np.array(answer(run.text, model, cache, D))
         other, slot_of = np.roll(own, 1), torch.arange((D + 1) * cfg.thoughts_per_slot) // cfg.thoughts_per_slot
         for kind, change in changes.items():
-            donor = cache._replace(kv=tuple((change(k), change(v)) for k, v in cache.kv))
+            donor = cache.map(change)
             for slot in (*range(D + 1), "all"):
                 at = (slot_of == slot if slot != "all" else slot_of >= 0)[None].to(cfg.device)
                 said = np.array(answer(run.text, model, exchange(cache, donor, at), D))
@@ -1216,24 +1330,44 @@ def causal_scores(run, model):
 
 def evaluate(run):
     """Everything that is measured on the test split -> results.json."""
-    cfg, last = run.cfg, run.cfg.curriculum[-1]
+    cfg, last, own = run.cfg, run.cfg.last, run.cfg.protocol == "own"
     coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
-    pool = collect(run, coconut, test_problems(run), whitener(run, coconut))
+    white, problems = whitener(run, coconut, cfg.whiten), test_problems(run)
+    rng = rng_of(cfg.seed, "patches") if own else None
+    tested = [think_about(run, coconut, pairs, rng) for pairs in problems]
+    runs = [clean for clean, _ in tested] if own else tested
     scores = coconut_scores(run, coconut, last)
-    sections = {"coconut": {"stages": {stage_name(cfg, last): scores}, "by_digits": scores["by_digits"],
+    sections = {"coconut": {"stages": {"all": scores}, "by_digits": scores["by_digits"],
                             "teacher_forced": scores["teacher_forced"],
                             "no_thoughts": coconut_scores(run, coconut, None)},
-                "oracle": oracle_scores(run, oracle, pool), "controls": control_scores(run, oracle, pool)}
-    if cfg.protocol == "own":
+                "oracle": oracle_scores(run, oracle, runs, white)}
+    others = {}
+    if own:
+        others["untrained"] = run, new_model(run)
+        if cfg.prior:
+            theirs = parse(["--stage", "eval", "--out", cfg.prior]).thoughts
+            prior = Run(dataclasses.replace(cfg, thoughts=theirs), run.text, Path(cfg.prior))
+            others["prior"] = prior, load_model(prior, "coconut")
         lora = load_model(run, "lora")
-        sections["lora"] = oracle_scores(run, lora, pool) | {"controls": control_scores(run, lora, pool)}
+        sections["lora"] = oracle_scores(run, lora, runs, white)
+        sections["lora"]["controls"] = control_scores(run, lora, runs, white, {})
         batch_at = oracle_batches(run, coconut, VALIDATION, "validation", 256)
         for name, model in (("oracle", oracle), ("lora", lora)):
             with torch.no_grad(), amp(cfg):
                 losses = [oracle_loss(cfg, model, *batch_at(i))[0].item() for i in range(10)]
             sections[name]["val_loss"] = float(np.mean(losses))
-        with amp(cfg):
-            sections["causal"] = causal_scores(run, coconut)
+        sections["probes"], sections["layers"] = {"lens": lens_scores(run, coconut, runs)}, {}
+        for name, view in cfg.views.items():
+            probes, shown = load_probes(run, whitener(run, coconut), name, view), lambda x: show(white(x), view)
+            vectors, where = flat(runs, shown)
+            of_all = MODEL_QUESTIONS if len(view) == len(cfg.layers) and cfg.labels != "gold" else ()
+            found = faithfulness(run, oracle, probes, tested, shown, of_all)
+            found["gold"]["step"] = score_steps(run.text, ask(run, oracle, vectors, HELD_OUT["step"]), where)
+            for kind, steps in load_json(run.out / "results.json")["probes"]["step_by_layer"].items():
+                found[kind]["step"] = steps[name]
+            sections["layers"][name] = found
+        sections["causal"] = causal_scores(run, coconut) | {"faithfulness": found}
+    sections["controls"] = control_scores(run, oracle, runs, white, others)
     sections["oracle"]["coconut_after"] = coconut_scores(run, oracle, last)
     record(run, config=load_json(run.out / "config.json"), env=environment(cfg), **sections)
 
@@ -1244,41 +1378,49 @@ def environment(cfg):
     device = torch.cuda.get_device_name() if cfg.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     return {"torch": torch.__version__, "device": device, "git": git.strip()}
 
-def print_table(results):
-    """The report: every figure with n, its interval and the controls beside it."""
-    coconut, oracles = results["coconut"], {name: results[name] for name in ("oracle", "lora") if name in results}
-    print("\ncoconut, held-out problems          exact match (95% interval)          teacher-forced")
-    rows = {f"stage {name}": r for name, r in coconut["stages"].items()}
-    rows |= {f"all, {digits} digits": r for digits, r in coconut["by_digits"].items()}
-    rows |= {"all, the answer asked for at once": coconut["no_thoughts"],
-             "all, after the oracle's training": oracles["oracle"]["coconut_after"]}
-    for name, r in rows.items():
-        forced = f"{r['teacher_forced']['exact']:>15.3f}" if name.startswith("stage") else ""
-        print(f"  {name:<33} {show_rate(r):>27}{forced}")
-    print("\nreading one thought, step           exact   without final slot (95%)  operands  result      F1")
-    rows = {f"{'self-' if name == 'oracle' else 'LoRA '}oracle": r["step"] for name, r in oracles.items()}
-    for name, s in {**rows, **results["controls"]}.items():
-        lo, hi = s["ci95_no_final"]
-        print(f"  {name:<30} {s['exact']:>8.3f}   {s['exact_no_final']:.3f} [{lo:.3f}, {hi:.3f}]   "
-              f"{s['operands']:>10.3f} {s['result']:>7.3f} {s['token_f1']:>7.3f}")
-    print("  n = {n} readings, {n_no_final} without the final slot".format(**results["oracle"]["step"]))
-    for name, r in oracles.items():
-        print(f"  {name}: answer {show_rate(r['answer'])}, problem {show_rate(r['problem'])}")
-    if "probes" in results:
-        print("\nprobes (without the final slot)           " + "".join(f"{name:>8}" for name in PROBED))
-        for kind, r in results["probes"].items():
-            print(f"  {kind:<40}" + "".join(f"{r[name]['exact']:>8.3f}" for name in PROBED) + f"   n={r['step']['n']}")
-    if "causal" in results:
-        causal = results["causal"]
-        print("\ndo the thoughts matter? answers kept with all of them replaced")
-        for kind, r in causal["keep"].items():
-            print(f"  {kind:<33} {show_rate(r):>27}")
-        for name, whose in (("b", "the other's"), ("a", "its own")):
-            print(f"  swap: the answer is {whose:<13} {show_rate(causal['interchange'][name]):>27}")
-        for D, grid in causal["map"].items():
-            print(f"{D} digits, one thought swapped: share of differing digits that become the other's, by column")
-            for slot, row in enumerate(grid):
-                print(f"  slot {slot}  " + " ".join(f"{math.nan if x is None else x:6.2f}" for x in row))
+def tables(results):
+    """The report: (title, names of the columns, {name of the row: cells}); a cell is an R, a share or None."""
+    coconut, first = results["coconut"], results["oracle"]["step"]
+    oracles = {name: results[key] for name, key in (("self-oracle", "oracle"), ("LoRA", "lora")) if key in results}
+    yield "coconut, held-out problems", ("exact match", "teacher-forced"), {
+        **{f"stage {name}": [r, r["teacher_forced"]["exact"]] for name, r in coconut["stages"].items()},
+        **{f"all, {digits} digits": [r, None] for digits, r in coconut["by_digits"].items()},
+        "all, the answer asked for at once": [coconut["no_thoughts"], None],
+        "all, after the oracle's training": [results["oracle"]["coconut_after"], None]}
+    yield "reading one thought: its step", ("without final slot", "all slots", "operands", "result", "F1"), {
+        name: [{"exact": s["exact_no_final"], "n": s["n_no_final"], "ci95": s["ci95_no_final"]},
+               *(s[key] for key in ("exact", "operands", "result", "token_f1"))]
+        for name, s in ({name: r["step"] for name, r in oracles.items()} | results["controls"]).items()}
+    yield "other questions", oracles, {
+        family: [r[family] for r in oracles.values()] for family in [*QUESTIONS][1:] if family in results["oracle"]}
+    if "causal" not in results:
+        return
+    causal, lens, named = results["causal"], results["probes"]["lens"], ("a", "b", "carry", "digit", "step")
+    yield f"probes, n={first['n_no_final']}", named, {
+        **{f"{kind} probe": [results["probes"][kind][name]["exact"] for name in named] for kind in PROBES},
+        **{f"logit lens, layer {layer}, top 5{of.replace('_', ', ')}": [
+            r[name + of]["exact"] if name != "carry" else None for name in named]
+           for layer, r in lens.items() for of in ("", "_shuffled")}}
+    yield "the answer, with all thoughts replaced", ("",), {
+        **{f"{kind}: it stays the same": [r] for kind, r in causal["keep"].items()},
+        "swap: it is the other problem's": [causal["interchange"]["b"]]}
+    for D, grid in causal["map"].items():
+        yield (f"{D} digits: become the other's, with its", [f"column {c}" for c in range(int(D))],
+               {f"thought of slot {slot}": row for slot, row in enumerate(grid)})
+    yield "the digit read is the digit written", ("changed by the patch", "patched", "clean", "wrong", "step"), {
+        f"layer {name}, {reader}": [r["changed"], *(r[case]["exact"] for case in ("patched", "clean", "wrong")),
+                                    r["step"]["exact"] if "step" in r else None]
+        for name, readers in results["layers"].items() for reader, r in readers.items()}
+
+def report(results):
+    """Print the tables, and the first mistakes."""
+    def shown(x):
+        return show_rate(x) if isinstance(x, dict) else "-" if x is None else f"{x:.3f}"
+    for title, names, rows in tables(results):
+        widths = [max(len(shown(x)), len(name), 8) + 2 for name, x in zip(names, next(iter(rows.values())))]
+        print(f"\n{title:<38}" + "".join(name.rjust(width) for name, width in zip(names, widths)))
+        for name, cells in rows.items():
+            print(f"  {name:<36}" + "".join(shown(x).rjust(width) for x, width in zip(cells, widths)))
     print("\nfirst mistakes of the self-oracle")
     for m in results["oracle"]["mistakes"]:
         print(f"  {m['problem'] + ' slot ' + str(m['slot']):<24} is {m['step']:<26} read as {m['read']}")
@@ -1305,8 +1447,8 @@ def export(run):
             gpt2_weights.write_transformers(run.out / "export" / name, weights, config, bpe, text.pattern, special)
             print(f"exported {run.out / 'export' / name}")
 
-PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracle, "lora": train_lora,
-         "eval": evaluate}
+PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracle,
+         "lora": partial(train_oracle, name="lora"), "eval": evaluate}
 NEEDS = {"probes": ("coconut",), "oracle": ("coconut",), "lora": ("coconut", "base"), "export": ("coconut",),
          "eval": ("coconut", "base", "probes", "oracle", "lora")}
 
@@ -1329,6 +1471,10 @@ def check(cfg, parts):
     refuse(not own and done("coconut"), f"{out} holds a run of your own: choose another --out")
     refuse(not own and SIZES[cfg.model][0] < max(cfg.layers),
            f"--protocol seed reads layer {max(cfg.layers)}, --model {cfg.model} has fewer: use --model gpt2-large")
+    refuse(max(cfg.into_layers) >= SIZES[cfg.model][0],
+           "--inject-layers 1 is the output of the last block: choose shares below 1")
+    refuse(cfg.prior and not (Path(cfg.prior) / "coconut.safetensors").exists(),
+           f"--prior {cfg.prior} has no coconut.safetensors: name the directory of a finished run")
     refuse(cfg.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda: torch finds no GPU: use --device cpu, or install a CUDA build of torch")
     refuse(4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,  # 13: longest step and <sep>
@@ -1388,7 +1534,7 @@ def main(argv=None):
             record(run, seconds={part: time.time() - begin})
     if "eval" in parts:
         seconds = load_json(run.out / "results.json")["seconds"]
-        print_table(record(run, seconds={"total": sum(seconds[part] for part in PARTS if part in seconds)}))
+        report(record(run, seconds={"total": sum(seconds[part] for part in PARTS if part in seconds)}))
 
 if __name__ == "__main__":
     try:

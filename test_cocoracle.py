@@ -52,6 +52,11 @@ def tiny(seed=0, std=None):
             torch.nn.init.normal_(p, std=std)
     return model
 
+def told(text, model, cache, D):
+    """In place of answer(): column c is a digit of the values of slot c, so that every thought matters."""
+    digits = (cache.kv[0][1][:, 0, -D - 1:, 0].abs() * 1000).long() % 10
+    return ["".join(map(str, row[:D].flip(0).tolist())) for row in digits]
+
 def pairs_of(*problems):
     return np.array(problems)
 
@@ -71,8 +76,14 @@ def cli(*args, cwd=None):
     (["--digits", "3-2"], "--digits"),
     (["--digits", "2,99"], "--digits"),
     (["--batch-size", "0"], "--batch-size"),
-    (["--text-lr", "nan"], "--text-lr"),
-    (["--mix", "1.5"], "--mix"),
+    (["--train-text", "0"], "--train-text"),
+    (["--train-text", "9,nan"], "--train-text"),
+    (["--train-oracle", "9,1e-3,0,0.1,7"], "STEPS,LR,MUON,DECAY"),
+    (["--rehearsal", "1.5"], "--rehearsal"),
+    (["--labels", "silver"], "--labels"),
+    (["--read-layers", "2"], "--read-layers"),
+    (["--inject-layers", "0,1"], "--inject-layers"),
+    (["--prior", "nowhere"], "--prior"),
     (["--seed", "-1"], "--seed"),
     (["--dtype", "float16"], "--dtype"),
     (["--no-such-flag"], "--no-such-flag"),
@@ -107,8 +118,10 @@ def test_flags_are_documented_and_work():
         assert "--" + field.name.replace("_", "-") in done.stdout and field.metadata["help"]
     assert co.parse(["--digits", "2-4"]).digits == (2, 3, 4)
     assert co.parse(["--no-compile"]).compile is False
-    assert co.parse(["--model", "gpt2-large"]).text_lr == co.LARGE["text_lr"]
-    assert co.parse(["--model", "gpt2-large", "--text-lr", "3e-4"]).text_lr == 3e-4
+    large = co.LARGE["train_text"]
+    assert co.parse(["--model", "gpt2-large"]).train_text == large
+    assert co.parse(["--model", "gpt2-large", "--train-text", "7,3e-4"]).train_text == (7, 3e-4, *large[2:])
+    assert co.parse(["--train-text", "7"]).train_text == (7, *co.Config.train_text[1:])
 
 # -----------------------------------------------------------------------------------------------------------
 # Arithmetic and text
@@ -175,23 +188,22 @@ def test_all_training_data_is_from_the_training_split(monkeypatch):
     """What the coconut, oracles, probes and baselines learn from is drawn from the training split alone."""
     seen, real = [], co.draw
     monkeypatch.setattr(co, "draw", lambda rng, split, *a, **k: (seen.append(split), real(rng, split, *a, **k))[1])
-    run = run_of()
-    co.coconut_batch(run, 0, 2, "coconut 2", 8)
-    co.oracle_batches(run, tiny(), co.TRAIN, "oracle", 64)(0)
+    run = run_of(labels="all")
+    co.coconut_step(run, tiny(), 0, 2, "coconut 2", 8, explain=1.0)
+    batch_at = co.oracle_batches(run, tiny(), co.TRAIN, "oracle", 64)
+    for step in range(4):
+        batch_at(step)
     co.majorities(run_of())
     assert len(seen) >= 7 and set(seen) == {co.TRAIN}
-    seen.clear()
     monkeypatch.setattr(co, "load_model", lambda run, name: tiny())
-    monkeypatch.setattr(co, "collect", lambda run, model, problems, white: list(problems))
-    monkeypatch.setattr(co, "whitener", lambda run, model: None)
-    monkeypatch.setattr(co, "probe_data", lambda problems: problems)
+    monkeypatch.setattr(co, "probe_data", lambda run, model, white, problems: (list(problems), None))
 
-    def fitted(run, hidden, train, validation):
-        assert all((co.split_of(*p.T) == co.TRAIN).all() for p in train)
-        assert all((co.split_of(*p.T) == co.VALIDATION).all() for p in validation)
+    def fitted(run, part, model, recipe, loss_of):
+        data = loss_of.__closure__[loss_of.__code__.co_freevars.index("x")].cell_contents
+        assert len(data) > 100 and all((co.split_of(*pairs.T) == co.TRAIN).all() for pairs in data)
         raise InterruptedError
 
-    monkeypatch.setattr(co, "fit_probe", fitted)
+    monkeypatch.setattr(co, "fit", fitted)
     with pytest.raises(InterruptedError):
         co.train_probes(run)
 
@@ -201,9 +213,9 @@ def test_one_token_per_digit_and_per_word():
         ["7", "+", "5", "=", "1", "2", " write", " 2", " carry", " 1"]
     assert TEXT.ids("<bot><sep><eot><act>") == (TEXT.bot, TEXT.sep, TEXT.eot, TEXT.act)
     assert (TEXT.bot, TEXT.sep, TEXT.eot, TEXT.act) == tuple(range(TEXT.eos + 1, TEXT.eos + 5))
-    for family in co.QUESTIONS.values():
-        for question in family:
-            assert len(TEXT.ids(" " + question)) == len(question.split()) + 1  # the mark at the end
+    for question in sum([*co.QUESTIONS.values(), *co.MODEL_QUESTIONS.values()], []):
+        words = question.replace("#", "2").split()
+        assert len(TEXT.ids(" " + " ".join(words))) == len(words) + 1  # the mark at the end
     assert TEXT.enc.decode(list(TEXT.ids("naïve ≠ 12"))) == "naïve ≠ 12"
 
 def test_every_word_of_a_held_out_phrasing_is_trained_on():
@@ -211,7 +223,8 @@ def test_every_word_of_a_held_out_phrasing_is_trained_on():
     for family, asked in co.TRAINED.items():
         known = {w.strip("?.") for q in asked for w in q.split()}
         assert {w.strip("?.") for w in co.HELD_OUT[family].split()} <= known
-        assert co.HELD_OUT[family] not in asked and co.HELD_OUT[family] in co.QUESTIONS[family] and len(asked) > 3
+        phrased = {**co.QUESTIONS, **co.MODEL_QUESTIONS}[family]
+        assert co.HELD_OUT[family] not in asked and co.HELD_OUT[family] in phrased and len(asked) > 3
     assert "What is the intermediate calculation at this reasoning step?" in co.TRAINED["step"]
 
 def test_batch_targets_are_what_the_model_must_write():
@@ -241,7 +254,8 @@ def test_number_of_thoughts_does_not_tell_the_answers_length():
         assert co.plan(CFG, TEXT, pairs, 2) == (2, co.Thoughts(2))
         assert co.plan(CFG, TEXT, pairs, None) == (0, co.Thoughts(0))
     assert co.plan(replace(CFG, thoughts_per_slot=2), TEXT, pairs_of((10, 10)), 4) == (0, co.Thoughts(6))
-    assert CFG.curriculum == [0, 1, 2, 3, 4] and replace(CFG, digits=(2,)).curriculum == [0, 1, 2, 3]
+    assert CFG.curriculum == {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "all": 4} and CFG.last == 4
+    assert replace(CFG, digits=(2,)).curriculum == {"0": 0, "1": 1, "2": 2, "3": 3, "all": 3}
 
 # -----------------------------------------------------------------------------------------------------------
 # GPT-2
@@ -322,7 +336,7 @@ def test_compiled_and_bf16_agree_with_eager_fp32():
         eager, _, _ = model(model.wte(batch.prefix))
         with co.amp(replace(CFG, dtype="bfloat16")):
             half, _, _ = model(model.wte(batch.prefix))
-    loss, _ = co.coconut_loss(model, batch, co.Thoughts(3))
+    loss, _, _ = co.coconut_loss(model, batch, co.Thoughts(3))
     loss.backward()
     grad = model.h[0].mlp.c_fc.weight.grad.clone()
     assert not torch.equal(half, eager) and (half - eager).norm() / eager.norm() < 0.05
@@ -331,7 +345,7 @@ def test_compiled_and_bf16_agree_with_eager_fp32():
     backend = "aot_eager" if " " in sys.prefix else "inductor"  # inductor's linker call does not quote its paths
     for block in compiled.h:
         block.compile(dynamic=True, backend=backend)
-    loss_c, _ = co.coconut_loss(compiled, batch, co.Thoughts(3))
+    loss_c, _, _ = co.coconut_loss(compiled, batch, co.Thoughts(3))
     loss_c.backward()
     assert abs(loss_c - loss) < 1e-4 and (compiled.h[0].mlp.c_fc.weight.grad - grad).abs().max() < 1e-4
     assert list(compiled.state_dict()) == list(model.state_dict())
@@ -377,13 +391,13 @@ def test_gradient_reaches_the_first_thought(monkeypatch):
         return real(self, x, *args, **more)
 
     monkeypatch.setattr(co.GPT, "forward", spy)
-    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0), co.Thoughts(4))
+    loss, _, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs_of((347, 285), (958, 143)), 0), co.Thoughts(4))
     loss.backward()
     assert len(fed) == 4 and all(x.grad_fn is not None and x.grad.abs().max() > 1e-6 for x in fed)
 
 def test_writing_in_a_batch_equals_writing_alone():
     """Rows that stop at different times write what they write alone, and think on from the same state."""
-    model = tiny(seed=3, std=0.15)
+    model = tiny(seed=1, std=0.2)
     pairs = pairs_of(*[(100 + 37 * i, 900 - 41 * i) for i in range(16)])
     batch = co.make_batch(TEXT, pairs, 0)
 
@@ -432,7 +446,7 @@ def test_injection_is_the_formula_at_act_alone():
     model = tiny(std=0.1)
     x, v, at = torch.randn(2, 9, 96), torch.randn(2, 1, 96), torch.tensor([[3], [5]])
     for layer in (0, 1, 2):
-        injection = co.Injection(layer, v, at, 2.0)
+        injection = co.Injection({layer: v}, at, 2.0)
         with torch.no_grad():
             plain, _, before = model(x, read=(layer,))
             changed, _, after = model(x, read=(layer,), inject=injection)
@@ -450,9 +464,9 @@ def test_injection_is_out_of_place_and_norm_matched():
     """The input keeps its values, a vector's length does not matter, and a zero vector injects nothing."""
     x, at = torch.randn(1, 4, 96), torch.tensor([[2]])
     kept, v = x.clone(), torch.randn(1, 1, 96)
-    long, short = (co.Injection(0, s * v, at, 2.0).at(0, x) for s in (100.0, 0.01))
+    long, short = (co.Injection({0: s * v}, at, 2.0).at(0, x) for s in (100.0, 0.01))
     assert torch.equal(x, kept) and torch.allclose(long, short, atol=1e-5)
-    assert torch.equal(co.Injection(0, 0 * v, at, 2.0).at(0, x), x)
+    assert torch.equal(co.Injection({0: 0 * v}, at, 2.0).at(0, x), x)
 
 def test_lora_starts_as_the_identity_and_trains_alone():
     """With B zero the model is unchanged; only the adapters, one pair for each block matrix, are trainable."""
@@ -482,7 +496,7 @@ def test_loss_counts_only_what_is_written():
     """The loss is the mean over text steps and answer, as computed token by token without cache or padding."""
     model = tiny(std=0.1)
     pairs = pairs_of((347, 285), (100, 200))
-    loss, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs, 4), co.Thoughts(0))
+    loss, _, _ = co.coconut_loss(model, co.make_batch(TEXT, pairs, 4), co.Thoughts(0))
     terms = []
     for a, b in pairs.tolist():
         head = [*TEXT.ids(f"{a}+{b}="), TEXT.bot]
@@ -497,7 +511,7 @@ def test_loss_counts_only_what_is_written():
 
 def test_oracle_labels_mask_exactly_the_prompt():
     """Targets are the answer and its end token, from the last prompt token on; the prompt is never one."""
-    prompts = [co.prompt(CFG, q) for q in co.QUESTIONS["step"][:2]]
+    prompts = [co.prompt(CFG, q, (2,)) for q in co.QUESTIONS["step"][:2]]
     answers = ["7+5=12 write 2 carry 1", "carry 0"]
     ids, target, act = co.oracle_rows(TEXT, prompts, answers, "cpu")
     assert target.shape[1] == ids.shape[1] - min(len(TEXT.ids(p)) for p in prompts) + 1
@@ -510,75 +524,170 @@ def test_oracle_labels_mask_exactly_the_prompt():
         assert TEXT.enc.decode(target[i, n - 1:n + t].tolist()) == answer + "<|endoftext|>"
 
 def test_readings_belong_to_their_slot():
-    """collect() gives, for each problem and slot, the stream that solve() reads there, and the right targets."""
+    """Readings are, for each problem and slot, the streams that ponder() reads there; so are their texts."""
     run, model = run_of(thoughts_per_slot=2), tiny(std=0.1)
     problems = [pairs_of((47, 85), (91, 23)), pairs_of((347, 285))]
-    pool = co.collect(run, model, problems)
-    assert pool.slot.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3] and pool.slots.tolist() == [3] * 6 + [4] * 4
-    assert [pool.target(i, "step") for i in (3, 5, 6, 9)] == \
-        ["1+3=4 write 4", "carry 1 write 1", "7+5=12 write 2 carry 1", "carry 0"]
-    assert pool.target(9, "answer") == "632" and pool.target(9, "problem") == "347+285"
-    layer = run.cfg.layers
+    runs = [co.think_about(run, model, pairs) for pairs in problems]
+    vectors, where = co.flat(runs, co.whitener(run, model, whiten=False))
+    assert where == [*((47, 85, s) for s in range(3)), *((91, 23, s) for s in range(3)), *((347, 285, s) for s in range(4))]
     for pairs, rows in ((problems[0][1:], slice(3, 6)), (problems[1], slice(6, 10))):
-        _, readings = co.ponder(run.cfg, TEXT, model, pairs, 4, read=layer)
-        assert (readings[0, 1::2] - pool.vectors[rows]).abs().max() < 1e-5
+        _, readings = co.ponder(run.cfg, TEXT, model, pairs, 4, read=run.cfg.layers)
+        assert (readings[0, 1::2] - vectors[rows]).abs().max() < 1e-5
+    assert [r.readings.shape for r in runs] == [(2, 3, 4, 96), (1, 4, 4, 96)]
+
+def test_texts_that_answer_questions():
+    """What is asked of a thought is answered from its column, by hand for 347 + 285 and 958 + 143."""
+    def says(a, b, slot):
+        return [co.text_says(TEXT, a, b, slot, family) for family in co.QUESTIONS]
+    assert says(347, 285, 0) == ["7+5=12 write 2 carry 1", "632", "347+285", "no", "yes", "2", "0", "no"]
+    assert says(347, 285, 2) == ["3+2+1=6 write 6", "632", "347+285", "yes", "no", "6", "2", "no"]
+    assert says(958, 143, 3) == ["carry 1 write 1", "1101", "958+143", "yes", "no", "1", "3", "yes"]
+    assert says(347, 285, 3) == ["carry 0", "632", "347+285", "no", "no", "0", "3", "no"]
+
+def test_texts_of_what_the_model_does():
+    """What is asked of a run is answered from what the model wrote, right or wrong."""
+    runs = co.Runs(pairs_of((347, 285), (58, 67)), None, co.digits_of(["642", "..."], 3))
+    assert runs.wrote.tolist() == [["2", "4", "6"], ["", "", ""]]
+    assert [co.model_says(runs, 0, c, "written") for c in range(3)] == ["2", "4", "6"]
+    assert [co.model_says(runs, 0, c, "carried") for c in range(3)] == ["no", "neither", "yes"]
+    assert co.model_says(runs, 1, 1, "written") == ""
+
+def test_patched_runs_are_those_that_the_model_answered(monkeypatch):
+    """In a patched run one slot holds the thoughts of the problem before, in readings and in what the answer sees."""
+    monkeypatch.setattr(co, "answer", told)
+    run, model = run_of(bottleneck=True), tiny(std=0.1)
+    pairs = co.test_problems(run_of(eval_problems=60))[-1]
+    clean, patched = co.think_about(run, model, pairs, np.random.default_rng(0))
+    own, other = clean.readings, clean.readings.roll(1, 0)
+    moved = (patched.readings == other).flatten(2).all(2)
+    assert (moved.sum(1) == 1).all() and (((patched.readings == own).flatten(2).all(2) ^ moved).all())
+    assert moved.any(0).all() and (clean.wrote != patched.wrote).any() and (clean.wrote == patched.wrote).any()
+    cache, _ = thoughts_of(run.cfg, pairs, model)
+    donor = cache._replace(kv=tuple((k.roll(1, 0), v.roll(1, 0)) for k, v in cache.kv))
+    for found, thoughts in ((clean, cache), (patched, co.exchange(cache, donor, moved))):
+        assert (co.digits_of(co.answer(TEXT, model, thoughts, 3), 3) == found.wrote).all()
 
 def test_whitened_readings_are_the_same_readings():
     """Whitening centres readings and gives them unit covariance, row by row: no reading moves to another thought."""
     model, problems = tiny(std=0.1), co.test_problems(run_of())
-    raw, whiten = co.collect(run_of(), model, problems), co.whitener(run_of(), model)
-    white = co.collect(run_of(), model, problems, whiten).vectors[:, 0].double()
-    x = torch.cat([raw.vectors[:, 0].double(), torch.ones(len(white), 1)], 1)
+    def readings(run, problems, white):
+        return co.flat([co.think_about(run, model, pairs) for pairs in problems], white)[0]
+    raw, whiten = readings(run_of(), problems, co.whitener(run_of(), model, False)), co.whitener(run_of(), model)
+    white = readings(run_of(), problems, whiten)[:, 0].double()
+    x = torch.cat([raw[:, 0].double(), torch.ones(len(white), 1)], 1)
     zca = torch.linalg.lstsq(x, white).solution  # the affine map that takes readings to whitened ones
     assert (x @ zca - white).abs().max() < 1e-2
     train = [co.draw(co.rng_of(CFG.seed, "whiten", d), co.TRAIN, d, 1000) for d in CFG.digits]
-    cov = torch.cov(co.collect(run_of(), model, train).vectors[:, 0].T).double()
+    cov = torch.cov(readings(run_of(), train, co.whitener(run_of(), model, False))[:, 0].T).double()
     cov += 1e-6 * torch.linalg.eigvalsh(cov).max() * torch.eye(96)
     assert (zca[:-1] @ cov @ zca[:-1] - torch.eye(96)).abs().max() < 0.1  # a symmetric inverse root
-    alone = co.collect(run_of(), model, [problems[2][5:6]], whiten).vectors[:, 0]
+    alone = readings(run_of(), [problems[2][5:6]], whiten)[:, 0]
     row = len(problems[0]) * 3 + len(problems[1]) * 3 + 5 * 4
     assert (alone - white[row:row + 4]).abs().max() < 1e-2
-    assert torch.equal(co.whitener(run_of(whiten=False), model)(raw.vectors), raw.vectors)
     several = run_of(read_layers=(0.0, 0.5))  # each layer by its own statistics
-    both = co.collect(several, model, problems, co.whitener(several, model)).vectors
+    both = readings(several, problems, co.whitener(several, model))
     assert several.cfg.layers == (0, 2) and (both[:, 1] - white).abs().max() < 1e-4
     assert (torch.linalg.eigvalsh(torch.cov(both[:, 0].T)).max() - 1).abs() < 0.3
 
-def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch):
-    """In a training batch the injected vector is the reading of the very thought whose step is the target."""
-    run, model = run_of(whiten=False), tiny(std=0.1)
-    (ids, target, _), vectors = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
-    pool = {}
-
-    def spy(run, coconut, problems, white, real=co.collect):
-        pool["pool"] = real(run, coconut, problems, white)
-        return pool["pool"]
-
-    monkeypatch.setattr(co, "collect", spy)
+@pytest.mark.parametrize("labels", ["gold", "model"])
+def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch, labels):
+    """In a training batch what is injected are the readings of the very thought, or run, that the target is about."""
+    monkeypatch.setattr(co, "answer", told)
+    run, model, thought = run_of(whiten=False, labels=labels, bottleneck=True), tiny(std=0.1), []
+    (ids, target, act), vectors = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
+    real = co.think_about
+    monkeypatch.setattr(co, "think_about", lambda *args: thought.append(real(*args)) or thought[-1])
     (ids2, target2, _), again = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
     assert torch.equal(ids, ids2) and torch.equal(target, target2) and torch.equal(vectors, again)
-    families = set()
+    families, changed = set(), 0
     for i in range(len(vectors)):
-        match = (pool["pool"].vectors - vectors[i]).abs().sum((1, 2)).argmin().item()
-        text = TEXT.enc.decode([t for t in target[i].tolist() if t != co.IGNORE][:-1])
+        said = TEXT.enc.decode([t for t in target[i].tolist() if t != co.IGNORE][:-1])
         question = TEXT.enc.decode(ids[i].tolist()).split("<act> ")[1].split("<|endoftext|>")[0]
+        column = re.search(r"column (\d)", question)
+        question = re.sub(r"column \d", "column #", question)
         family = next(f for f, asked in co.TRAINED.items() if any(question.startswith(q) for q in asked))
         families.add(family)
-        assert text == pool["pool"].target(match, family)
-    assert "step" in families and len(families) > 1
+        if labels == "gold":
+            found = [(runs, at) for runs in thought for at in (runs.readings[:, :, 2] == vectors[i, 0]).all(-1).nonzero()]
+            says = {co.text_says(TEXT, *runs.pairs[row].tolist(), slot.item(), family) for runs, (row, slot) in found}
+            assert says == {said} and len(vectors[i]) == 1  # a problem may be drawn twice
+        else:
+            found = [(clean, patched, at.item()) for clean, patched in thought if patched.readings.shape[1:] == vectors[i].shape
+                     for at in (patched.readings == vectors[i]).flatten(1).all(1).nonzero()]
+            assert found and len(set(act[i].tolist())) == len(vectors[i])
+            clean, patched, row = found[0]
+            c = int(column[1])
+            assert said == co.model_says(patched, row, c, family)
+            changed += clean.wrote[row, c] != patched.wrote[row, c]
+    assert ("step" in families and len(families) > 1) if labels == "gold" else families <= set(co.MODEL_QUESTIONS)
+    assert labels == "gold" or changed >= 32
+
+def test_several_layers_are_shown_alone_too():
+    """With several layers read, a view shows one of them or all; what is not shown is zero, and injects nothing."""
+    run, model, shown = run_of(read_layers=(0.0, 0.5, 1.0)), tiny(), set()
+    assert run.cfg.views == {"0": [0], "2": [1], "3": [2], "all": [0, 1, 2]} and CFG.views == {"2": [0]}
+    batch_at = co.oracle_batches(run, model, co.TRAIN, "oracle", 8)
+    for step in range(30):
+        (ids, _, act), vectors = batch_at(step)
+        assert act.shape == (8, 3) and TEXT.show(ids[0]).startswith("Layer 0, 2, 3: <act><act><act> ")
+        seen = vectors.abs().amax(-1) > 0
+        assert (seen == seen[0]).all()
+        shown.add(tuple(seen[0].tolist()))
+    assert shown == {(True, False, False), (False, True, False), (False, False, True), (True, True, True)}
+
+def test_whole_runs_are_injected_layer_by_layer():
+    """Asked of all thoughts, each layer's readings go where they were read; --inject-layers adds one to several."""
+    vectors, act = torch.randn(2, 3, 4, 96), torch.tensor([[1, 2, 3]] * 2)
+    whole = co.injection(CFG, vectors, act)
+    assert list(whole.vectors) == [0, 1, 2] and all(torch.equal(v, vectors[:, :, at]) for at, v in whole.vectors.items())
+    one = co.injection(replace(CFG, inject_layers=(0.0, 0.4)), vectors[:, :1, 0], act[:, :1])
+    assert list(one.vectors) == [0, 2] and all(torch.equal(v, vectors[:, :1, 0]) for v in one.vectors.values())
+    assert list(co.injection(CFG, vectors[:, :1, 0], act[:, :1]).vectors) == [1]
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_explained_thoughts_are_asked_for_their_own_step(monkeypatch, k):
+    """With --explain each problem's live reading of one latent slot is asked for the step of that slot."""
+    run, model, asked, lived = run_of(thoughts_per_slot=2, digits=(3,)), tiny(std=0.1), [], []
+    real_loss, real_rows = co.coconut_loss, co.oracle_rows
+    monkeypatch.setattr(co, "coconut_loss", lambda *args: lived.append(real_loss(*args)) or lived[-1])
+    monkeypatch.setattr(co, "oracle_rows", lambda text, prompts, targets, device: asked.append(targets) or
+                        real_rows(text, prompts, targets, device))
+    monkeypatch.setattr(co, "oracle_loss", lambda cfg, model, rows, vectors: asked.append(vectors) or [0.0])
+    co.coconut_step(run, model, 3, k, "coconut", 32, explain=1.0)
+    rng = co.rng_of(run.cfg.seed, "coconut", 3)
+    rng.choice(run.cfg.digits)
+    pairs, (targets, vectors), readings, slots = co.draw(rng, co.TRAIN, 3, 32), asked, lived[0][2], set()
+    assert readings.shape == (32, 2 * k, 1, 96)
+    for i, (a, b) in enumerate(pairs.tolist()):
+        thought = (readings[i] == vectors[i]).flatten(1).all(1).nonzero().item()
+        assert thought % 2 == 1 and targets[i] == co.steps_of(a, b)[4 - k + thought // 2]
+        slots.add(thought // 2)
+    assert slots == set(range(k))
+
+def test_explained_thoughts_feel_the_oracle():
+    """With --explain the loss on live readings has a gradient at the thoughts, and adds W times the oracle's loss."""
+    run, model = run_of(), tiny(std=0.1)
+    losses = [co.coconut_step(run, model, 5, 4, "coconut all", 16, explain)[0].item() for explain in (0.0, 1.0, 2.0)]
+    assert losses[1] - losses[0] > 1 and abs((losses[2] - losses[0]) - 2 * (losses[1] - losses[0])) < 1e-4
+    assert co.coconut_step(run, model, 5, 0, "coconut 0", 16, 1.0)[0].item() == \
+        co.coconut_step(run, model, 5, 0, "coconut 0", 16)[0].item()  # no thoughts yet
+    model.wte.weight.requires_grad_(False)
+    before = model.h[0].attn.c_attn.weight.clone()
+    (co.coconut_step(run, model, 5, 4, "coconut all", 16, 1e4)[0] / 1e4).backward()
+    assert model.h[0].attn.c_attn.weight.grad.abs().max() > 1e-6 and torch.equal(before, model.h[0].attn.c_attn.weight)
 
 def test_oracle_answers_depend_on_the_reading_alone():
     """ask() gives the same answers alone and in any order, and no injection for a zero reading."""
-    run, model = run_of(), tiny(std=0.12)
+    run, model = run_of(), tiny(11, std=0.15)  # one that says different things
     vectors = torch.randn(9, 1, 96)
     question = co.QUESTIONS["step"][0]
     answers = co.ask(run, model, vectors, question)
     assert sum((co.ask(run, model, v[None], question) for v in vectors), []) == answers and len(set(answers)) > 1
     assert co.ask(run, model, vectors.flip(0), question) == answers[::-1]
-    ids = torch.tensor([TEXT.ids(co.prompt(CFG, question))])
+    ids = torch.tensor([TEXT.ids(co.prompt(CFG, question, (2,)))])
     with torch.no_grad():
         h, cache, _ = model(model.wte(ids))
-        plain, _, _ = co.write(model, h[:, -1:], cache, TEXT.eos, limit=24)
+        plain, _, _ = co.write(model, h[:, -1:], cache, TEXT.eos, limit=25)
     assert co.ask(run, model, torch.zeros(1, 1, 96), question) == [TEXT.show(plain[0])]
 
 def test_training_and_asking_inject_alike(monkeypatch):
@@ -588,13 +697,13 @@ def test_training_and_asking_inject_alike(monkeypatch):
     entropy, write = co.F.cross_entropy, co.write
     monkeypatch.setattr(co.F, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or entropy(logits, *a, **k))
     monkeypatch.setattr(co, "write", lambda model, h, *a, **k: written.append(h) or write(model, h, *a, **k))
-    rows = co.oracle_rows(TEXT, [co.prompt(CFG, question)], ["7+5=12 write 2"], "cpu")
+    rows = co.oracle_rows(TEXT, [co.prompt(CFG, question, (2,))], ["7+5=12 write 2"], "cpu")
     co.oracle_loss(CFG, model, rows, vectors)
     co.ask(run, model, vectors, question)
     ids, _, act = rows
     with torch.no_grad():
-        expected = model.logits(model(model.wte(ids), inject=co.Injection(1, vectors, act, 2.0))[0])
-    first = len(TEXT.ids(co.prompt(CFG, question))) - 1
+        expected = model.logits(model(model.wte(ids), inject=co.Injection({1: vectors}, act, 2.0))[0])
+    first = len(TEXT.ids(co.prompt(CFG, question, (2,)))) - 1
     assert (seen[0] - expected[0, first:]).abs().max() < 1e-5
     assert (model.logits(written[0])[0, 0] - expected[0, first]).abs().max() < 1e-5
 
@@ -609,64 +718,118 @@ def test_wilson_interval(hits, n, low, high):
     assert r["n"] == n and abs(r["exact"] - hits / n) < 1e-12
     assert abs(r["ci95"][0] - low) < 1e-4 and abs(r["ci95"][1] - high) < 1e-4
 
-@pytest.mark.parametrize("kind", ["shuffled", "shuffled_same_slot", "wrong_slot"])
-def test_controls_use_the_wrong_vectors(kind):
+def test_controls_use_the_wrong_vectors(monkeypatch):
     """No control ever injects the right reading; each keeps, and changes, what its name says."""
-    problems = co.test_problems(run_of(eval_problems=100))
-    pool = co.collect(run_of(), tiny(), problems)
-    index = co.other_reading(kind, pool, np.random.default_rng(0))
-    same_problem = (pool.pairs == pool.pairs[index]).all(axis=1)
-    same_slot = (pool.slot == pool.slot[index]) & (pool.slots == pool.slots[index])
-    assert not (same_problem & same_slot).any() and len(index) == len(pool.slot)
-    if kind == "shuffled":
-        assert sorted(index) == list(range(len(index))) and same_slot.mean() < 0.5
-    if kind == "shuffled_same_slot":
-        assert sorted(index) == list(range(len(index))) and same_slot.all()
-    if kind == "wrong_slot":
-        assert same_problem.all() and len(np.unique(index - np.arange(len(index)))) > 3
-
-def test_controls_really_change_what_the_oracle_is_given(monkeypatch):
-    """control_scores asks with the vectors of its name, all different from the true readings."""
-    run, model, asked = run_of(), tiny(), []
-    pool = co.collect(run, model, co.test_problems(run_of(eval_problems=20)))
-    gold = [pool.target(i, "step") for i in range(len(pool.slot))]
-    monkeypatch.setattr(co, "ask", lambda run, oracle, v, q: asked.append((v, q)) or gold)
-    scores = co.control_scores(run, model, pool)
-    assert list(scores) == ["none", "random", "shuffled", "shuffled_same_slot", "wrong_slot", "constant",
+    run, model, asked = run_of(), tiny(std=0.1), []
+    runs, white = [co.think_about(run, model, p) for p in co.test_problems(run_of(eval_problems=100))], \
+        co.whitener(run, model, False)
+    vectors, where = co.flat(runs, white)
+    steps = [TEXT.steps(a, b)[slot] for a, b, slot in where]
+    monkeypatch.setattr(co, "ask", lambda run, oracle, v, q: asked.append((v, q)) or steps)
+    scores = co.control_scores(run, model, runs, white, {"untrained": (run, tiny(3))})
+    assert list(scores) == ["none", "random", "shuffled", "shuffled_same_slot", "wrong_slot", "untrained", "constant",
                             "slot_majority"]
-    assert len(asked) == 5 and {q for _, q in asked} == {co.HELD_OUT["step"]}
-    assert not asked[0][0].any()
-    for v, _ in asked[1:]:
-        assert v.shape == pool.vectors.shape and ((v - pool.vectors).abs().amax((1, 2)) > 0).all()
+    given = dict(zip(scores, (v for v, _ in asked)))
+    assert len(asked) == 6 and {q for _, q in asked} == {co.HELD_OUT["step"]} and not given["none"].any()
+    for v in given.values():
+        assert v.shape == vectors.shape and ((v - vectors).abs().amax((1, 2)) > 0).all()
+    for kind in ("shuffled", "shuffled_same_slot", "wrong_slot"):
+        source = [(vectors == v).all(-1).all(-1).nonzero().item() for v in given[kind]]
+        same_problem = [where[i][:2] == where[n][:2] for n, i in enumerate(source)]
+        same_slot = [where[i][2] == where[n][2] and len(str(where[i][0])) == len(str(where[n][0])) for n, i in enumerate(source)]
+        assert not any(p and s for p, s in zip(same_problem, same_slot))
+        assert all(same_problem) if kind == "wrong_slot" else sorted(source) == list(range(len(where)))
+        assert all(same_slot) if kind == "shuffled_same_slot" else not any(same_slot)
     assert scores["constant"]["exact"] < 0.3 and scores["slot_majority"]["exact_no_final"] < 0.1
 
 def test_step_scores():
     """Operands, result, F1 and the final slot are counted apart, on a case worked by hand."""
     gold = ["7+5=12 write 2 carry 1", "4+8+1=13 write 3 carry 1", "3+2+1=6 write 6", "carry 0"]
     said = ["7+5=12 write 2 carry 1", "4+8=13 write 3 carry 1", "3+2+1=6 write 5", "carry 0"]
-    s = co.score_steps(said, gold, np.array([False, False, False, True]))
+    s = co.score_steps(TEXT, said, [(347, 285, slot) for slot in range(4)])
+    assert gold == TEXT.steps(347, 285)
     assert s["exact"] == 0.5 and s["n"] == 4 and s["n_no_final"] == 3
     assert abs(s["exact_no_final"] - 1 / 3) < 1e-9
     assert abs(s["operands"] - 2 / 3) < 1e-9 and abs(s["result"] - 2 / 3) < 1e-9
     f1 = [1, 2 * 4 / (5 + 5), 2 * 2 / (3 + 3), 1]
     assert abs(s["token_f1"] - np.mean(f1)) < 1e-9
 
-def test_probes_find_what_is_linear_there():
-    """A probe reads linearly coded labels, does not read noise, and is chosen without the test set."""
-    rng = np.random.default_rng(0)
-    labels = np.stack([rng.integers(0, n, 3000) for n in co.PROBED.values()], 1)
-    code = torch.from_numpy(np.eye(10, 96)[labels[:, 0]] * 5 + rng.standard_normal((3000, 96)) * 0.1).float()
-    y = torch.from_numpy(labels)
-    probe = co.fit_probe(run_of(probe_epochs=60), 0, (code[:2000], y[:2000]), (code[2000:2500], y[2000:2500]))
-    hits = co.probe_hits(probe, code[2500:], y[2500:]).float().mean(0)
-    assert hits[0] > 0.99 and hits[1] < 0.2 and hits[4] < 0.05
+def test_probes_find_what_is_linear_there(monkeypatch, tmp_path):
+    """A probe reads linearly coded labels of held-out readings, and does not read noise."""
+    run = run_of(tmp_path, train_probes=(200, 5e-3, 0.0, 0.01), read_layers=(0.0, 0.5))
+    data = iter((4000, 500))
+
+    def coded(*args):
+        n, rng = next(data), np.random.default_rng(len(str(args)))
+        labels = np.stack([rng.integers(0, classes, n) for classes in co.PROBED.values()], 1)
+        code = np.eye(10, 96)[labels[:, 0]] * 5
+        x = np.stack([np.zeros_like(code), code], 1) + rng.standard_normal((n, 2, 96)) * 0.1
+        return torch.from_numpy(x).float(), torch.from_numpy(labels)
+
+    monkeypatch.setattr(co, "load_model", lambda run, name: tiny())
+    monkeypatch.setattr(co, "probe_data", coded)
+    co.train_probes(run)
+    results = co.load_json(tmp_path / "results.json")
+    for kind in ("linear", "mlp"):
+        assert results["probes"][kind]["a"]["exact"] > 0.99 and results["probes"][kind]["b"]["exact"] < 0.2
+        assert results["probes"]["step_by_layer"][kind]["all"] == results["probes"][kind]["step"]
+        assert set(results["probes"]["step_by_layer"][kind]) == {"0", "2", "all"}
+    x = torch.randn(7, 4, 96)
+    loaded = {name: co.load_probes(run, lambda readings: readings[:, [0, 2]], name, view) for name, view in run.cfg.views.items()}
+    changed = x.clone()
+    changed[:, 0] = 0
+    for kind in ("linear", "mlp"):
+        assert (loaded["2"][kind](x) == loaded["2"][kind](changed)).all() and loaded["0"][kind](x).shape == (7, 5)
+        assert (loaded["0"][kind](x) != loaded["0"][kind](changed)).any()
+
+def test_logit_lens_counts_the_digits_of_the_step(monkeypatch):
+    """A reading whose top tokens are its step's digits scores 1, one with none 0, another problem's in between."""
+    run, model = run_of(read_layers=(1.0,)), tiny()
+    pairs = pairs_of((347, 285), (111, 121))
+    runs = co.Runs(pairs, torch.zeros(2, 4, 4, TEXT.size), None)
+    for i, (a, b) in enumerate(pairs.tolist()):
+        for slot, (da, db, _, digit, _) in enumerate(co.columns(a, b)[:-1]):
+            for d in (da, db, digit):
+                runs.readings[i, slot, 3, TEXT.ids(str(d))[0]] += 1
+    runs.readings[1, 2, 3] = runs.readings[1, 2, 3].roll(40)  # 1+1=2 is nowhere to be seen
+    model.ln_f = torch.nn.Identity()
+    monkeypatch.setattr(model, "logits", lambda h: h + torch.arange(TEXT.size).flip(0) * 1e-6)
+    scores = co.lens_scores(run, model, [runs])["3"]
+    assert scores["a"]["exact"] == scores["b"]["exact"] == scores["step"]["exact"] == 5 / 6 and scores["a"]["n"] == 6
+    assert scores["step_shuffled"]["exact"] == 0
+
+def test_faithfulness_counts_what_is_written(monkeypatch):
+    """On a model and readers made by hand, a reader of the gold step is right on clean runs and wrong where patched."""
+    run, asked = run_of(labels="all"), []
+    pairs = pairs_of((347, 285), (111, 121))
+    own = np.array([["2", "3", "6"], ["2", "3", "9"]])  # the second answer is wrong: 932
+    after = np.array([["2", "3", "2"], ["2", "3", "2"]])  # the second is right by the patch
+    slots = torch.arange(4)[None, :, None, None].expand(2, 4, 4, 96) + 10.0 * torch.arange(2)[:, None, None, None]
+    clean, patched = co.Runs(pairs, slots, own), co.Runs(pairs, slots + 100, after)
+
+    def ask(run, oracle, vectors, question):
+        if vectors.ndim == 4:  # asked of all thoughts: reads what is written
+            runs, column = (patched if vectors[0, 0, 0, 0] >= 100 else clean), int(re.search(r"column (\d)", question)[1])
+            return runs.wrote[:, column].tolist() if "digit" in question else ["yes"] * 2
+        where = [(int(v) % 100 // 10, int(v) % 10) for v in vectors[:, 0, 0]]
+        return [co.steps_of(*pairs[i].tolist())[slot] for i, slot in where]
+
+    monkeypatch.setattr(co, "ask", ask)
+    shown = lambda readings: readings[..., [2], :]
+    probes = {"linear": lambda readings: np.full((2, 5), 2)}
+    found = co.faithfulness(run, None, probes, [(clean, patched)], shown, co.MODEL_QUESTIONS)
+    assert {name: r["exact"] for name, r in found["gold"].items()} == {"clean": 5 / 6, "wrong": 0, "patched": 5 / 6, "changed": 1 / 2}
+    assert {name: r["n"] for name, r in found["gold"].items()} == {"clean": 6, "wrong": 1, "patched": 6, "changed": 2}
+    assert all(r["exact"] == 1 for r in found["written"].values())
+    assert found["linear"]["patched"]["exact"] == 4 / 6 and found["linear"]["changed"]["exact"] == 1
+    assert found["carried"]["clean"]["exact"] == 2 / 6  # 347+285: into columns 1 and 2
 
 # -----------------------------------------------------------------------------------------------------------
 # Evidence: exchanged thoughts
 
 def thoughts_of(cfg, pairs, model, k=None):
     with torch.no_grad():
-        return co.ponder(cfg, TEXT, model, pairs, k or cfg.curriculum[-1], read=(0,))
+        return co.ponder(cfg, TEXT, model, pairs, k or cfg.last, read=(0,))
 
 def test_bottleneck_hides_the_problem_alone():
     """With --bottleneck the answer is what a mask over the prefix gives: thoughts and itself seen, positions kept."""
@@ -681,7 +844,7 @@ def test_bottleneck_hides_the_problem_alone():
         b, _, _ = model(model.wte(batch.answer), plain._replace(valid=hidden, pos=torch.full((2, 1), plain.pos)))
         c, _, _ = model(model.wte(batch.answer), plain)
     assert (a - b).abs().max() < 1e-4 < (a - c).abs().max()
-    assert replace(CFG, bottleneck=True).curriculum == [0, 1, 2, 3, 4, 5]
+    assert replace(CFG, bottleneck=True).last == 5
     assert co.plan(replace(CFG, bottleneck=True), TEXT, pairs, 4)[1].bottleneck is False
 
 def test_pause_thoughts_are_fed_the_same_vector():
@@ -708,7 +871,7 @@ def test_exchange_replaces_the_marked_thoughts_alone():
 
 def test_all_thoughts_of_another_problem_give_its_answer():
     """Behind a bottleneck the answer is a function of the thoughts: with all of B's, it is always B's answer."""
-    run, model = run_of(bottleneck=True, eval_problems=60), tiny(1, std=0.5)  # its answers differ
+    run, model = run_of(bottleneck=True, eval_problems=300), tiny(1, std=0.5)  # its answers differ
     causal = co.causal_scores(run, model)
     assert causal["interchange"]["b"]["exact"] == 1 and causal["interchange"]["a"]["exact"] == 0
     assert causal["interchange"]["b"]["n"] > 20 and set(causal["keep"]) == {"mean", "swap", "noise"}
@@ -739,8 +902,8 @@ def test_causal_map_names_the_slot_that_decides(monkeypatch):
 # -----------------------------------------------------------------------------------------------------------
 # The whole program
 
-MINI = ["--text-steps", 6, "--stage-steps", 3, "--latent-steps", 4, "--oracle-steps", 6, "--lora-steps", 4,
-        "--probe-epochs", 2, "--probe-problems", 200, "--eval-problems", 24, "--batch-size", 8, "--log-every", 2]
+MINI = ["--train-text", 6, "--train-mixed", 3, "--train-latent", 4, "--train-oracle", 6, "--train-lora", 4,
+        "--train-probes", 2, "--probe-problems", 200, "--eval-problems", 24, "--batch-size", 8, "--log-every", 2]
 
 def numbers(results):
     """results.json without its times."""
@@ -759,14 +922,17 @@ def test_whole_run_in_miniature(mini):
     assert {"config.json", "base.safetensors", "coconut.safetensors", "oracle.safetensors", "lora.safetensors",
             "probes.safetensors", "last.pt", "log.jsonl", "results.json"} == {p.name for p in out.iterdir()}
     r = json.loads((out / "results.json").read_text())
-    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "all"]
+    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "4", "all"]
     assert set(r["coconut"]["by_digits"]) == {"2", "3"} and r["coconut"]["teacher_forced"]["n"] == 24
     for name in ("oracle", "lora"):
         assert {"step", "answer", "problem", "val_loss", "by_slot"} <= set(r[name])
         assert r[name]["step"]["n"] == 12 * 3 + 12 * 4 and r[name]["step"]["n_no_final"] == 12 * 2 + 12 * 3
     assert {"coconut_after", "mistakes"} <= set(r["oracle"]) and r["coconut"]["no_thoughts"]["n"] == 24
-    assert len(r["controls"]) == 7 and all("operands" in s for s in r["controls"].values())
-    assert {kind: set(p) for kind, p in r["probes"].items()} == {k: set(co.PROBED) for k in ("linear", "mlp")}
+    assert len(r["controls"]) == 8 and all("operands" in s for s in r["controls"].values())
+    assert {kind: set(r["probes"][kind]) for kind in ("linear", "mlp")} == {k: set(co.PROBED) for k in ("linear", "mlp")}
+    assert set(r["probes"]["lens"]) == {"2"} and set(co.QUESTIONS) <= set(r["oracle"])
+    assert set(r["layers"]) == {"2"} and set(r["layers"]["2"]) == {"gold", "linear", "mlp"}
+    assert all({"step", "clean", "patched", "changed", "wrong"} == set(x) for x in r["layers"]["2"].values())
     assert r["seconds"]["total"] > 0 and r["env"]["torch"] == torch.__version__ and r["config"]["model"] == "tiny"
 
     def rates(node):
@@ -777,23 +943,34 @@ def test_whole_run_in_miniature(mini):
                 yield from rates(child)
 
     for x in rates(r):
-        assert 0 <= x["ci95"][0] <= x["exact"] <= x["ci95"][1] <= 1 and x["n"] > 0
+        assert x["exact"] is None and x["n"] == 0 or 0 <= x["ci95"][0] <= x["exact"] <= x["ci95"][1] <= 1
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert {line["part"] for line in lines} == {"coconut 0", "coconut 1", "coconut 2", "coconut 3", "coconut all",
+    assert {line["part"] for line in lines} == {*(f"coconut {k}" for k in (0, 1, 2, 3, 4, "all")), "linear 2", "mlp 2",
                                                 "oracle", "lora"}
     assert "self-oracle" in printed and "slot_majority" in printed and "mistakes" in printed
 
-def test_whole_run_behind_a_bottleneck(tmp_path):
-    """`--bottleneck`, two layers, pause thoughts and bfloat16 run end to end, and a later part takes them up."""
-    args = [*MINI, "--bottleneck", "--bottleneck-steps", 2, "--read-layers", "0,0.5", "--thoughts", "pause",
-            "--dtype", "bfloat16"]
+def test_whole_run_behind_a_bottleneck(mini, tmp_path):
+    """All that a run can measure at once runs end to end, in bfloat16 too, and a later part takes it up."""
+    args = [*MINI, "--bottleneck", "--read-layers", "0,0.5", "--inject-layers", "0,0.4",
+            "--thoughts", "pause", "--labels", "all", "--explain", 0.5, "--dtype", "bfloat16", "--prior", mini[0]]
     done = cli(*args, "--out", tmp_path / "run")
-    assert done.returncode == 0 and "do the thoughts matter" in done.stdout, done.stderr
+    assert done.returncode == 0 and "patch" in done.stdout, done.stderr
     assert co.parse(["--stage", "eval", "--out", str(tmp_path / "run")]).bottleneck
     r = json.loads((tmp_path / "run/results.json").read_text())
-    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "all", "bottleneck"]
-    assert set(r["causal"]) == {"keep", "keep_by_slot", "interchange", "map"}
+    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "4", "bottleneck", "all"]
+    assert set(r["causal"]) == {"keep", "keep_by_slot", "interchange", "map", "faithfulness"}
     assert set(r["causal"]["keep"]) == {"mean", "swap", "noise"} and r["causal"]["keep"]["mean"]["n"] == 24
+    assert set(r["causal"]["faithfulness"]) == {"gold", "linear", "mlp", *co.MODEL_QUESTIONS}
+    assert set(r["layers"]) == {"0", "2", "all"} and {"untrained", "prior"} <= set(r["controls"])
+
+def test_figures_of_an_earlier_oracle_do_not_stay(tmp_path):
+    """What one part measures is replaced when it is measured again; what several parts measure is put together."""
+    run = run_of(tmp_path)
+    co.record(run, causal={"faithfulness": {"written": 1}}, coconut={"stages": {"0": 1}}, seconds={"coconut": 1})
+    co.record(run, causal={"faithfulness": {"gold": 2}}, coconut={"stages": {"all": 2}}, seconds={"eval": 2})
+    assert co.load_json(tmp_path / "results.json") == {
+        "causal": {"faithfulness": {"gold": 2}}, "coconut": {"stages": {"0": 1, "all": 2}},
+        "seconds": {"coconut": 1, "eval": 2}}
 
 def test_same_arguments_give_the_same_run(mini, tmp_path):
     """Two runs with the same arguments agree bit for bit in weights and figures, times apart; another seed does not."""
@@ -812,7 +989,7 @@ def test_a_finished_run_is_not_overwritten(mini):
     out, _ = mini
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     for args in ([], ["--stage", "oracle"], ["--stage", "eval", "--digits", "2-4"], ["--stage", "eval", "--seed", 7],
-                 ["--resume", "--oracle-muon", 0], ["--stage", "lora", "--force", "--text-steps", 5]):
+                 ["--resume", "--train-oracle", 7], ["--stage", "lora", "--force", "--train-text", 5]):
         with pytest.raises(co.UserError) as caught:
             co.main([*map(str, args), "--out", str(out)])
         assert "\n" not in str(caught.value)
@@ -845,12 +1022,12 @@ def test_a_new_run_takes_its_own_recipe(mini):
     fresh = co.parse(["--force", "--out", str(out)])
     assert fresh == replace(co.Config(), force=True, out=str(out))
     later = co.parse(["--stage", "eval", "--out", str(out)])
-    assert later.text_steps == 6 and later.eval_problems == 24
-    assert co.parse(["--stage", "oracle", "--oracle-lr", "0.5", "--out", str(out)]).oracle_lr == 0.5
+    assert later.train_text[0] == 6 and later.eval_problems == 24
+    assert co.parse(["--stage", "oracle", "--train-oracle", "9,0.5", "--out", str(out)]).train_oracle[1] == 0.5
 
-def test_a_batch_larger_than_the_pool_and_a_mixed_curriculum(tmp_path):
+def test_other_lengths_and_several_thoughts_a_slot(tmp_path):
     """Unusual but valid flags work: batches of over 512 readings, two thoughts a slot, mixed text, --force."""
-    args = ["--stage", "coconut", *MINI, "--mix", 0.5, "--thoughts-per-slot", 2, "--digits", "2-4", "--out", tmp_path]
+    args = ["--stage", "coconut", *MINI, "--thoughts-per-slot", 2, "--digits", "2-4", "--out", tmp_path]
     assert cli(*args).returncode == 0 and cli(*args, "--force").returncode == 0
     batch_at = co.oracle_batches(run_of(), tiny(), co.TRAIN, "oracle", 3000)
     assert batch_at(0)[1].shape == (3000, 1, 96) and batch_at(1)[1].shape == (3000, 1, 96)
@@ -880,13 +1057,12 @@ def test_training_learns(tmp_path):
     model = co.new_model(run)
 
     def loss_of(step):
-        batch, thoughts = co.coconut_batch(run, step, 0, "coconut 0", 64)
-        return co.coconut_loss(model, batch, thoughts)
+        return co.coconut_step(run, model, step, 0, "coconut 0", 64)
 
-    co.fit(run, "coconut 0", model, co.make_optimizers(model, CFG.text_lr, CFG.text_muon), loss_of, 150)
+    co.fit(run, "coconut 0", model, (150, *CFG.train_text[1:3], 0.01), loss_of)
     batch = co.make_batch(TEXT, co.test_problems(run_of())[0], 3)
     with torch.no_grad():
-        loss, right = co.coconut_loss(model, batch, co.Thoughts(0))
+        loss, right, _ = co.coconut_loss(model, batch, co.Thoughts(0))
     assert right.mean() > 0.8 and loss < 0.4
 
 # -----------------------------------------------------------------------------------------------------------
@@ -988,8 +1164,8 @@ def test_released_vocabulary(released):
         (known,) = theirs(token)["input_ids"]
         assert torch.equal(wte[row], wte[known]) and wte[row].any()
 
-PRETRAINED = ["--text-steps", 1, "--stage-steps", 1, "--latent-steps", 1, "--oracle-steps", 1, "--lora-steps", 1,
-              "--probe-epochs", 1, "--probe-problems", 20, "--eval-problems", 4, "--batch-size", 2, "--digits", 2,
+PRETRAINED = ["--train-text", 1, "--train-mixed", 1, "--train-latent", 1, "--train-oracle", 1, "--train-lora", 1,
+              "--train-probes", 1, "--probe-problems", 20, "--eval-problems", 4, "--batch-size", 2, "--digits", 2,
               "--no-whiten"]
 
 @pytest.mark.parametrize("size", ["narrow", pytest.param("real", marks=LONG)])
@@ -1129,25 +1305,25 @@ def test_seed_protocol_equals_plain_transformers(seed_files, monkeypatch):
     cfg = replace(co.parse(args), device="cpu", dtype="float32", compile=False)
     run = co.Run(cfg, co.Text(gw.read_bpe(directory), seed=True), directory / "run")
     coconut, oracle = co.load_model(run, "coconut"), co.load_model(run, "oracle")
-    assert (cfg.layers, cfg.inject_layer, cfg.scale, cfg.digits, cfg.whiten) == ((19,), 18, 2.0, (2, 3, 4), False)
+    assert (cfg.layers, cfg.into_layers, cfg.scale, cfg.digits, cfg.whiten) == ((19,), (18,), 2.0, (2, 3, 4), False)
     first, write = [], co.write
     monkeypatch.setattr(co, "write", lambda m, h, *a, **k: first.append(m.logits(h[:, 0])) or write(m, h, *a, **k))
     problems = [pairs_of((347, 285), (12 * 9, 100 + 9 * 80)), pairs_of((957, 285)), pairs_of((47, 12), (10, 20))]
     for pairs in problems:
-        pool = co.collect(run, coconut, [pairs])
-        steps = len(pool.slot) // len(pairs)
+        vectors, where = co.flat([co.think_about(run, coconut, pairs)], co.whitener(run, coconut, cfg.whiten))
+        steps = len(where) // len(pairs)
         batch = co.make_batch(run.text, pairs, 0)
         for i, (a, b) in enumerate(pairs.tolist()):
             prefix = batch.prefix[i] if batch.valid is None else batch.prefix[i][batch.valid[i]]
             assert prefix.tolist() == seed.ids(f"{a} + {b} = <bot>")[0].tolist()
             logits, readings = seed.think(a, b)
-            assert len(readings) == steps and (pool.vectors[i * steps:(i + 1) * steps, 0] - readings).abs().max() < 1e-4
+            assert len(readings) == steps and (vectors[i * steps:(i + 1) * steps, 0] - readings).abs().max() < 1e-4
             one = co.make_batch(run.text, pairs[i:i + 1], 0)
             with torch.no_grad():
                 h, cache, _ = coconut(coconut.wte(one.prefix), last=1)
                 cache, _ = co.think(coconut, h, cache, co.Thoughts(steps))
                 h, _, _ = coconut(coconut.wte(one.answer), cache)
-                loss, right = co.coconut_loss(coconut, one, co.Thoughts(steps))
+                loss, right, _ = co.coconut_loss(coconut, one, co.Thoughts(steps))
             assert (coconut.logits(h[0]) - logits).abs().max() < 1e-4
             gold = seed.ids(f" {a + b}")[0]
             assert abs(loss.item() - F.cross_entropy(logits, gold).item()) < 1e-4
@@ -1155,8 +1331,8 @@ def test_seed_protocol_equals_plain_transformers(seed_files, monkeypatch):
         for family, hold, limit in (("step", 3, 25), ("answer", 2, 10)):
             question = co.SEED_QUESTIONS[family]
             first.clear()
-            said = co.ask(run, oracle, pool.vectors, question)
-            for i, vector in enumerate(pool.vectors[:, 0]):
+            said = co.ask(run, oracle, vectors, question)
+            for i, vector in enumerate(vectors[:, 0]):
                 logits, text = seed.ask(vector, question, hold, limit)
                 assert (first[0][i] - logits).abs().max() < 1e-4
                 assert said[i] == (text if family == "step" else (re.findall(r"\d+", text) or [""])[0])
