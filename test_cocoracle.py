@@ -611,12 +611,14 @@ def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch, labels):
             found = [(runs, at) for runs in thought for at in (runs.readings[:, :, 2] == vectors[i, 0]).all(-1).nonzero()]
             says = {co.text_says(TEXT, *runs.pairs[row].tolist(), slot.item(), family) for runs, (row, slot) in found}
             assert says == {said} and len(vectors[i]) == 1  # a problem may be drawn twice
+            assert family not in co.OF_PROBLEM or all(slot == runs.readings.shape[1] - 1 for runs, (_, slot) in found)
         else:
             found = [(clean, patched, at.item()) for clean, patched in thought if patched.readings.shape[1:] == vectors[i].shape
                      for at in (patched.readings == vectors[i]).flatten(1).all(1).nonzero()]
             assert found and len(set(act[i].tolist())) == len(vectors[i])
             clean, patched, row = found[0]
             c = int(column[1])
+            assert TEXT.show(ids[i]).startswith("Layer 0, 1, 2: " + "<act>" * len(vectors[i]) + " ")
             assert said == co.model_says(patched, row, c, family)
             changed += clean.wrote[row, c] != patched.wrote[row, c]
     assert ("step" in families and len(families) > 1) if labels == "gold" else families <= set(co.MODEL_QUESTIONS)
@@ -726,11 +728,14 @@ def test_controls_use_the_wrong_vectors(monkeypatch):
     vectors, where = co.flat(runs, white)
     steps = [TEXT.steps(a, b)[slot] for a, b, slot in where]
     monkeypatch.setattr(co, "ask", lambda run, oracle, v, q: asked.append((v, q)) or steps)
-    scores = co.control_scores(run, model, runs, white, {"untrained": (run, tiny(3))})
+    other = tiny(3, std=0.1)
+    theirs = co.flat([co.think_about(run, other, r.pairs) for r in runs], co.whitener(run, other))[0]
+    scores = co.control_scores(run, model, runs, white, {"untrained": (run, other)})
     assert list(scores) == ["none", "random", "shuffled", "shuffled_same_slot", "wrong_slot", "untrained", "constant",
                             "slot_majority"]
     given = dict(zip(scores, (v for v, _ in asked)))
     assert len(asked) == 6 and {q for _, q in asked} == {co.HELD_OUT["step"]} and not given["none"].any()
+    assert (given["untrained"] - theirs).abs().max() < 1e-3
     for v in given.values():
         assert v.shape == vectors.shape and ((v - vectors).abs().amax((1, 2)) > 0).all()
     for kind in ("shuffled", "shuffled_same_slot", "wrong_slot"):
@@ -949,7 +954,7 @@ def test_whole_run_in_miniature(mini):
                                                 "oracle", "lora"}
     assert "self-oracle" in printed and "slot_majority" in printed and "mistakes" in printed
 
-def test_whole_run_behind_a_bottleneck(mini, tmp_path):
+def test_whole_run_behind_a_bottleneck(mini, tmp_path, monkeypatch):
     """All that a run can measure at once runs end to end, in bfloat16 too, and a later part takes it up."""
     args = [*MINI, "--bottleneck", "--read-layers", "0,0.5", "--inject-layers", "0,0.4",
             "--thoughts", "pause", "--labels", "all", "--explain", 0.5, "--dtype", "bfloat16", "--prior", mini[0]]
@@ -962,6 +967,20 @@ def test_whole_run_behind_a_bottleneck(mini, tmp_path):
     assert set(r["causal"]["keep"]) == {"mean", "swap", "noise"} and r["causal"]["keep"]["mean"]["n"] == 24
     assert set(r["causal"]["faithfulness"]) == {"gold", "linear", "mlp", *co.MODEL_QUESTIONS}
     assert set(r["layers"]) == {"0", "2", "all"} and {"untrained", "prior"} <= set(r["controls"])
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {line["steps"] for line in lines if line["part"] == "oracle"} == {12}  # six for each kind of labels
+
+    def control_scores(run, oracle, runs, white, others):
+        for prior, model in others.values():
+            asked.append((prior.cfg.thoughts, model.h[0].attn.c_attn.weight.detach().clone()))
+        return {}
+
+    asked = []
+    monkeypatch.setattr(co, "control_scores", control_scores)
+    monkeypatch.setattr(co, "report", lambda results: None)
+    co.main(["--stage", "eval", "--prior", str(mini[0]), "--out", str(tmp_path / "run")])
+    theirs = gw.read_safetensors(mini[0] / "coconut.safetensors")["h.0.attn.c_attn.weight"]
+    assert [thoughts for thoughts, _ in asked] == ["pause", "hidden"] and torch.equal(asked[1][1], theirs)
 
 def test_figures_of_an_earlier_oracle_do_not_stay(tmp_path):
     """What one part measures is replaced when it is measured again; what several parts measure is put together."""
