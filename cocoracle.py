@@ -1196,6 +1196,10 @@ def score_steps(text, said, where):
             "token_f1": float(np.mean(f1)), "exact_no_final": inner["exact"], "n_no_final": inner["n"],
             "ci95_no_final": inner["ci95"]}
 
+def no_final(s):
+    """S -> R without the final slots: what probes, which leave these out, are compared with."""
+    return {"exact": s["exact_no_final"], "n": s["n_no_final"], "ci95": s["ci95_no_final"]}
+
 def flat(runs, white, change=lambda vectors: vectors):
     """-> changed readings of every slot of every problem (N, R, C), and what each should be of: a list (a, b, slot)."""
     vectors = torch.cat([change(white(r.readings)).flatten(0, 1) for r in runs])
@@ -1362,7 +1366,7 @@ def evaluate(run):
             vectors, where = flat(runs, shown)
             of_all = MODEL_QUESTIONS if len(view) == len(cfg.layers) and cfg.labels != "gold" else ()
             found = faithfulness(run, oracle, probes, tested, shown, of_all)
-            found["gold"]["step"] = score_steps(run.text, ask(run, oracle, vectors, HELD_OUT["step"]), where)
+            found["gold"]["step"] = no_final(score_steps(run.text, ask(run, oracle, vectors, HELD_OUT["step"]), where))
             for kind, steps in load_json(run.out / "results.json")["probes"]["step_by_layer"].items():
                 found[kind]["step"] = steps[name]
             sections["layers"][name] = found
@@ -1388,8 +1392,7 @@ def tables(results):
         "all, the answer asked for at once": [coconut["no_thoughts"], None],
         "all, after the oracle's training": [results["oracle"]["coconut_after"], None]}
     yield "reading one thought: its step", ("without final slot", "all slots", "operands", "result", "F1"), {
-        name: [{"exact": s["exact_no_final"], "n": s["n_no_final"], "ci95": s["ci95_no_final"]},
-               *(s[key] for key in ("exact", "operands", "result", "token_f1"))]
+        name: [no_final(s), *(s[key] for key in ("exact", "operands", "result", "token_f1"))]
         for name, s in ({name: r["step"] for name, r in oracles.items()} | results["controls"]).items()}
     yield "other questions", oracles, {
         family: [r[family] for r in oracles.values()] for family in [*QUESTIONS][1:] if family in results["oracle"]}
@@ -1407,7 +1410,7 @@ def tables(results):
     for D, grid in causal["map"].items():
         yield (f"{D} digits: become the other's, with its", [f"column {c}" for c in range(int(D))],
                {f"thought of slot {slot}": row for slot, row in enumerate(grid)})
-    yield "the digit read is the digit written", ("changed by the patch", "patched", "clean", "wrong", "step"), {
+    yield "the digit read is the digit written", ("changed by the patch", "patched", "clean", "wrong", "step, no final"), {
         f"layer {name}, {reader}": [r["changed"], *(r[case]["exact"] for case in ("patched", "clean", "wrong")),
                                     r["step"]["exact"] if "step" in r else None]
         for name, readers in results["layers"].items() for reader, r in readers.items()}

@@ -938,6 +938,7 @@ def test_whole_run_in_miniature(mini):
     assert set(r["probes"]["lens"]) == {"2"} and set(co.QUESTIONS) <= set(r["oracle"])
     assert set(r["layers"]) == {"2"} and set(r["layers"]["2"]) == {"gold", "linear", "mlp"}
     assert all({"step", "clean", "patched", "changed", "wrong"} == set(x) for x in r["layers"]["2"].values())
+    assert {x["step"]["n"] for x in r["layers"]["2"].values()} == {12 * 2 + 12 * 3}  # the same readings for all
     assert r["seconds"]["total"] > 0 and r["env"]["torch"] == torch.__version__ and r["config"]["model"] == "tiny"
 
     def rates(node):
