@@ -11,7 +11,34 @@ test: .venv/test.ok
 
 # Released GPT-2 against transformers at the sizes of gpt2 and gpt2-large, and a whole run of gpt2: 10 minutes.
 parity: .venv/test.ok
-	COCORACLE_LONG=1 $(BIN)/python -m pytest -q -s test_cocoracle.py -k released
+	COCORACLE_LONG=parity $(BIN)/python -m pytest -q -s test_cocoracle.py -k released
+
+# Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
+bench: .venv/run.ok
+	$(BIN)/python cocoracle.py --stage bench $(ARGS)
+
+# On a CUDA machine whose python3 has torch, tiktoken and numpy: correctness, speed, then runs of gpt2 and gpt2-large from
+# scratch, for TIME seconds; results in DIR. The same again goes on.
+DIR ?= runs/gpu
+TIME ?= 1500
+gpu:
+	$(PYTHON) .ci/gpu.py $(DIR) $(TIME)
+
+# 50 kills at random moments, 10,000 altered checkpoints: 15 minutes. Mutants of the core: 10 minutes.
+torture: .venv/test.ok
+	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated"
+
+mutants: .venv/test.ok
+	COCORACLE_LONG=mutants $(BIN)/python -m pytest -q -s test_cocoracle.py -k mutants
+
+# Lines that `make test` runs, also in the processes that it starts.
+coverage: .venv/test.ok
+	$(BIN)/python -m pip install --disable-pip-version-check -q pytest-cov==7.0.0
+	$(BIN)/python -m pytest -q --cov=cocoracle --cov=gpt2_weights --cov-report=term-missing test_cocoracle.py
+
+# From a clone, in an empty environment: `make run` (short) and `make test`.
+fresh:
+	.ci/fresh
 
 # Exact versions: the figures in the README were measured with these.
 .venv/run.ok:
@@ -27,4 +54,4 @@ parity: .venv/test.ok
 clean:
 	rm -rf .venv .pytest_cache .hypothesis __pycache__
 
-.PHONY: run test parity clean
+.PHONY: run test parity bench gpu torture mutants coverage fresh clean

@@ -36,13 +36,17 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from collections import Counter, defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -52,13 +56,15 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpt2_weights
 from gpt2_weights import WeightsError, read_bpe, read_pickle, read_safetensors, write_safetensors
 
 # -----------------------------------------------------------------------------------------------------------
 # 2. Configuration
-STAGES = ("all", "coconut", "probes", "oracle", "lora", "eval", "export")
+STAGES = ("all", "coconut", "probes", "oracle", "lora", "eval", "bench", "export")
 SIZES = {"tiny": (3, 3, 96), **gpt2_weights.SIZES}  # name: (layers, heads, width)
 
 def opt(default, help, **more):
@@ -127,6 +133,8 @@ class Config:
     oracle: str = opt("", "the seed's checkpoint of the self-oracle (.pt)")
     # coconut
     batch_size: int = opt(64, "problems (or readings) in a training step", type=COUNT)
+    micro_batch: int = opt(0, "how many of them at a time in a process (default: what memory holds, found by halving)",
+                           type=number(int, 0))
     train_text: tuple = recipe((250, 3e-3, 0.02, 0.5), "stage 0, all text: STEPS,LR,MUON,DECAY, or the first of them: "
                                "AdamW's peak learning rate, Muon's on the matrices (0: none), AdamW's weight decay")
     train_mixed: tuple = recipe((90, 3e-3, 0.02, 0.5), "stage 1; stage k takes k times the steps")
@@ -208,8 +216,12 @@ SEED = {"model": "gpt2-large", "digits": (2, 3, 4), "whiten": False}
 # What a later part may set for itself; everything else is as it was when the run's coconut was trained.
 OWN = {"probes": ("probe_problems", "train_probes"), "oracle": ("train_oracle", "rehearsal", "labels", "families"),
        "lora": ("train_lora", "lora_rank")}
-ANYTIME = ("eval_problems", "prior", "log_every", "save_every", "weights")
+ANYTIME = ("eval_problems", "prior", "log_every", "save_every", "weights", "micro_batch")
 SESSION = ("stage", "out", "resume", "force", "device", "dtype", "compile")  # not a property of the run
+
+def knobs(cfg):
+    """The properties of a run: what config.json holds."""
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in SESSION}
 
 class UserError(Exception):
     """A user's mistake: its text, one line with the remedy, is all that is printed; the exit code is 2."""
@@ -398,6 +410,10 @@ class Text:
         end = next((n for n, i in enumerate(ids) if i in (self.eos, -1)), len(ids))
         return self.enc.decode(ids[:end])
 
+def put(x, device):
+    """An array, or a list, on the device; the host does not wait for it."""
+    return torch.from_numpy(np.asarray(x)).to(device, non_blocking=True)
+
 class Batch(NamedTuple):
     """Problems of one length. `*_target[t]` is the token that position t must predict, or IGNORE."""
     prefix: torch.Tensor  # (B, T) problem <bot> and the text steps, padded on the left
@@ -405,6 +421,7 @@ class Batch(NamedTuple):
     text_target: torch.Tensor  # (B, T') for the last T' positions of the prefix: the text steps; T' = 0 without any
     answer: torch.Tensor  # (B, D+1 or D+2) <eot> and the answer, padded on the right
     answer_target: torch.Tensor  # the same shape
+    tokens: int  # to be predicted: in the whole batch, where these are some of its rows
 
 def pad(rows, fill, left=False):
     """Sequences of ids -> (n, longest) int array, filled up on one side."""
@@ -412,8 +429,10 @@ def pad(rows, fill, left=False):
     fills = [(fill,) * (width - len(row)) for row in rows]
     return np.array([(*f, *row) if left else (*row, *f) for f, row in zip(fills, rows)], dtype=np.int64)
 
-def make_batch(text, pairs, n_text, device="cpu"):
-    """Problems (n, 2) of one length with their first n_text steps as text -> Batch."""
+ALL = slice(None)  # the rows of a whole batch
+
+def make_batch(text, pairs, n_text, device="cpu", rows=ALL):
+    """Problems (n, 2) of one length with their first n_text steps as text -> these rows of a Batch."""
     heads, bodies, answers = [], [], []
     for a, b in pairs.tolist():
         heads.append(text.ids(text.problem(a, b) + (" <bot>" if text.seed else "=<bot>")))
@@ -426,7 +445,8 @@ def make_batch(text, pairs, n_text, device="cpu"):
     arrays = (pad(prefix, text.eos, left=True), valid,
               pad([(*body, IGNORE) if n_text else () for body in bodies], IGNORE, left=True),
               pad([row[:-1] for row in answers], text.eos), pad([row[1:] for row in answers], IGNORE))
-    batch = Batch(*(torch.from_numpy(x).to(device) for x in arrays))
+    tokens = sum(int((arrays[target] != IGNORE).sum()) for target in (2, 4))
+    batch = Batch(*(put(x[rows], device) for x in arrays), tokens)
     return batch._replace(valid=None) if valid.all() else batch
 
 # -----------------------------------------------------------------------------------------------------------
@@ -453,17 +473,16 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(width, width, out_std)
         self.heads = heads
 
-    def forward(self, x, past, mask, last):
-        """x (B, T, C); past: keys and values (B, H, S, C/H) or None; mask bool (B|1, 1, last, S+T) or None: causal.
-        -> (B, last, C), for the last positions only; the longer keys and values."""
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+    def forward(self, qkv, past, mask, last):
+        """qkv (B, T, 3C); past: keys and values (B, H, S, C/H) or None; mask bool (B|1, 1, last, S+T) or None: causal.
+        -> (B, last, C), before c_proj, for the last positions only; the longer keys and values."""
+        B, T, width = qkv.shape
+        q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         q = q[:, :, T - last:]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and last > 1)
-        return self.c_proj(y.transpose(1, 2).reshape(B, last, C)), (k, v)
+        return y.transpose(1, 2).reshape(B, last, width // 3), (k, v)
 
 class MLP(nn.Module):
     def __init__(self, width, std, out_std):
@@ -482,10 +501,28 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, std, out_std)
 
+    def before(self, x):
+        """(N, C) -> (N, 3C): keys, queries and values."""
+        return self.attn.c_attn(self.ln_1(x))
+
+    def after(self, x, y):
+        """The residual stream (N, C) and what attention found -> the residual stream after the block."""
+        x = x + self.attn.c_proj(y)
+        return x + self.mlp(self.ln_2(x))
+
+    def compile(self, **how):
+        """Compile all but attention, which has a kernel of its own. Being functions of rows (N, C), they are compiled
+        once each for all prefixes, thoughts and answers: whole blocks were compiled anew 17 times."""
+        self.before, self.after = (torch.compile(f, dynamic=True, **how) for f in (self.before, self.after))
+
     def forward(self, x, past, mask, last):
-        a, kv = self.attn(self.ln_1(x), past, mask, last)
-        x = x[:, x.shape[1] - last:] + a
-        return x + self.mlp(self.ln_2(x)), kv
+        B, T, C = x.shape
+        y, kv = self.attn(self.before(rows_of(x)).view(B, T, 3 * C), past, mask, last)
+        return self.after(rows_of(x[:, T - last:]), rows_of(y)).view(B, last, C), kv
+
+def rows_of(x):
+    """(B, T, C) -> (B T, C), which is no view in autograd's books: views of all kinds are compiled for anew."""
+    return torch.ops.aten._unsafe_view(x.contiguous(), (-1, x.shape[-1]))
 
 class Cache(NamedTuple):
     """What earlier calls leave to later ones."""
@@ -689,6 +726,8 @@ class Run(NamedTuple):
     cfg: Config
     text: Text
     out: Path
+    rank: int = 0  # of this process, among those that train together; the first one alone writes and prints
+    world: int = 1  # their number
 
 def released(cfg, files=gpt2_weights.FILES):
     """The directory with GPT-2's released files. Raises WeightsError."""
@@ -716,7 +755,7 @@ def new_model(run, weights=None):
     if weights:
         model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
     for block in model.h if cfg.compile else ():
-        block.compile(dynamic=True)
+        block.compile()
     return model.to(cfg.device)
 
 def load_model(run, name):
@@ -744,8 +783,17 @@ def amp(cfg):
 def write_text(path, content):
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".tmp")
-    part.write_text(content)
-    os.replace(part, path)
+    try:
+        part.write_text(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+def save_part(run, name, weights):
+    """A finished part's weights."""
+    if not run.rank:
+        write_safetensors(run.out / f"{name}.safetensors", weights)
 
 def record(run, **sections):
     """Put sections into results.json: what several parts measure is merged, at every depth, the rest replaced."""
@@ -755,25 +803,53 @@ def record(run, **sections):
     results = load_json(run.out / "results.json")
     for name, new in sections.items():
         results[name] = merge(results.get(name), new) if name in ("coconut", "probes", "seconds") else new
-    write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
+    if not run.rank:
+        write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
+FORMAT = 1  # of last.pt: to be raised when what is in it changes
+
+def save_last(run, part, step, params, optimizers):
+    """last.pt: where a run stands, for --resume; replaced whole."""
+    path, temporary = run.out / "last.pt", run.out / "last.pt.tmp"
+    try:
+        torch.save({"run": identity(run.cfg), "part": part, "step": step, "params": [p.detach() for p in params],
+                    "optimizers": [o.state_dict() for o in optimizers]}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch says RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({e}): the one before is whole; make room, then --resume") from None
+
+def identity(cfg):
+    """What two processes must have in common to go on with each other's checkpoint -> {field: value as text}."""
+    same = {name: json.dumps(value) for name, value in knobs(cfg).items() if name not in ANYTIME}
+    return {"format": str(FORMAT), **same}
+
 def load_last(run, part=None, params=(), optimizers=()):
-    """With --resume: the part that last.pt stands in and, if it is `part`, its step; its state goes into the rest."""
+    """With --resume: the part that last.pt stands in and, if it is `part`, its step; its state goes into the rest.
+    Raises UserError on a damaged file, and on one of another run."""
     path = run.out / "last.pt"
     if not run.cfg.resume or not path.exists():
         return None, 0
     try:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError("altered")
         last = torch.load(path, map_location=run.cfg.device, weights_only=True)
-        if last["part"] == part:
+        other = [(name, last["run"].get(name), value) for name, value in identity(run.cfg).items()
+                 if last["run"].get(name) != value]
+        if last["part"] == part and not other:
             with torch.no_grad():
                 for p, old in zip(params, last["params"], strict=True):
-                    p.copy_(old)
+                    p.copy_(old.view(p.shape))
             for optimizer, old in zip(optimizers, last["optimizers"], strict=True):
                 optimizer.load_state_dict(old)
-        return last["part"], last["step"] if last["part"] == part else 0
+        reached = last["part"], int(last["step"]) if last["part"] == part else 0
     except Exception as e:  # a damaged or hostile file raises nearly anything
         raise UserError(f"{path} is no checkpoint of this run: delete it to train its part again") from e
+    for name, theirs, ours in other:
+        raise UserError(f"{path} is of a run with {name} {theirs}, this one has {ours}: delete it to train its part "
+                        "again, or choose another --out")
+    return reached
 
 def make_optimizers(model, lr, muon_lr, decay):
     """AdamW on what is trainable; with muon_lr > 0, Muon (Jordan et al. 2024) on the blocks' matrices instead.
@@ -789,55 +865,117 @@ def make_optimizers(model, lr, muon_lr, decay):
         group["peak"] = group["lr"]
     return optimizers
 
+def train_step(run, params, optimizers, loss_of, step, parts=1):
+    """One update by the batch of a step, taken in parts, whose gradients are summed over parts and processes.
+
+    -> (loss, examples right, examples, 1. if not finite and therefore skipped) on the device, which the host does not
+    wait for; the number of parts: more than before where memory ran out.
+    """
+    while True:
+        told = torch.zeros(4, device=run.cfg.device)
+        try:
+            for part in range(parts):
+                with amp(run.cfg):
+                    rows = slice(run.rank + run.world * part, None, run.world * parts)
+                    loss, right = loss_of(step, rows)
+                loss.backward()
+                told[:2] += torch.stack([loss.detach(), right.sum()])
+                told[2] += len(right)
+            break
+        except torch.OutOfMemoryError:
+            if run.cfg.micro_batch or parts * run.world >= run.cfg.batch_size:
+                raise UserError("out of memory: lower --micro-batch, or choose a smaller --model") from None
+        parts *= 2
+        for p in params:
+            p.grad = None
+    if run.world > 1:
+        add_up([p.grad for p in params if p.grad is not None])
+    told[3] = ~nn.utils.clip_grad_norm_(params, 1.0).isfinite()
+    skip = any(isinstance(o, torch.optim.Muon) for o in optimizers) and bool(told[3])  # Muon must be told by the host
+    for optimizer in optimizers:
+        optimizer.found_inf = told[3]  # what AdamW's kernel looks at
+        if not skip:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return told, parts
+
+def add_up(tensors):
+    """Replace each tensor by its sum over all processes, which talk but once."""
+    joined = torch.cat([x.flatten() for x in tensors])
+    torch.distributed.all_reduce(joined)
+    for x, total in zip(tensors, joined.split([x.numel() for x in tensors])):
+        x.copy_(total.view_as(x))
+
 def fit(run, part, model, recipe, loss_of):
     """The training loop of every part: linear warm-up over 50 steps, then linear decay to zero.
 
-    recipe: steps, AdamW's rate, Muon's, weight decay; loss_of(step) -> (loss, (B,) which examples are right), its data
-    a function of the step.
+    recipe: steps, AdamW's rate, Muon's, weight decay; loss_of(step, rows) -> (loss, (B,) which examples are right) of
+    these rows of the step's batch, its data a function of the step.
     """
     (steps, *rates), cfg, begin = recipe, run.cfg, time.time()
     optimizers = make_optimizers(model, *rates)
     params = [p for p in model.parameters() if p.requires_grad]
     _, first = load_last(run, part, params, optimizers)
-    saved = logged = begin
-    sums, count = torch.zeros(2, device=cfg.device), 0
-    for step in range(first, steps):
-        for group in [g for o in optimizers for g in o.param_groups]:
-            group["lr"] = group["peak"] * min((step + 1) / 50, 1 - step / steps)
-        with amp(cfg):
-            loss, exact = loss_of(step)
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        sums += torch.stack([loss.detach(), exact.mean()])  # stays on the device: no wait for it within the interval
-        count, now = count + 1, time.time()
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            log(run, part, step + 1, steps, *(sums / count).tolist(), len(exact) * count / (now - logged),
-                (now - begin) / (step + 1 - first) * (steps - step - 1))
-            logged, count = time.time(), 0
-            sums.zero_()
-        if now - saved > cfg.save_every or step + 1 == steps:
-            torch.save({"part": part, "step": step + 1, "params": [p.detach() for p in params],
-                        "optimizers": [o.state_dict() for o in optimizers]}, run.out / "last.pt.tmp")
-            os.replace(run.out / "last.pt.tmp", run.out / "last.pt")
-            saved = now
+    logged, due = begin, begin + cfg.save_every
+    parts = math.ceil(cfg.batch_size / run.world / (cfg.micro_batch or cfg.batch_size))
+    sums, streak, worst, count = torch.zeros(4, device=cfg.device), 0, torch.zeros((), device=cfg.device), 0
+    with held_signals() as signals:
+        for step in range(first, steps):
+            for group in [g for o in optimizers for g in o.param_groups]:
+                group["lr"] = group["peak"] * min((step + 1) / 50, 1 - step / steps)
+            told, parts = train_step(run, params, optimizers, loss_of, step, parts)
+            # These stay on the device: the host does not wait for them within the interval, and makes the next step's
+            # data meanwhile.
+            sums += told.nan_to_num(0, 0, 0)
+            streak = (streak + 1) * told[3]
+            worst, count, now = torch.maximum(worst, streak), count + 1, time.time()
+            if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+                if worst >= 10:
+                    raise UserError(f"{part}: 10 steps in a row had no finite gradient: train again with a lower rate, "
+                                    f"or with --dtype float32; the last good state is in {run.out / 'last.pt'}")
+                log(run, part, step + 1, steps, sums, count, now - logged,
+                    (now - begin) / (step + 1 - first) * (steps - step - 1))
+                logged, count = time.time(), 0
+                sums.zero_()
+            if run.rank == 0 and (signals or now > due or step + 1 == steps):
+                save_last(run, part, step + 1, params, optimizers)
+                due = time.time() + max(cfg.save_every, 50 * (time.time() - now))  # at most 2% of the time
+            if signals:
+                raise KeyboardInterrupt
 
-def log(run, part, step, steps, loss, exact, speed, eta):
-    """One line on the terminal and one object in log.jsonl."""
+@contextmanager
+def held_signals():
+    """Collects Ctrl-C and SIGTERM, for whoever wants to finish something first."""
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, frame: caught.append(number)) for kind in kinds]
+    try:
+        yield caught
+    finally:
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
+
+def log(run, part, step, steps, sums, count, seconds, eta):
+    """One line on the terminal and one object in log.jsonl, of the last `count` steps; sums: as told by train_step."""
+    if run.world > 1:
+        add_up([sums])
+    loss, right, examples, skipped = sums.tolist()
+    loss, exact, skipped, speed = loss / count, right / examples, int(skipped / run.world), examples / seconds
+    if run.rank:
+        return
     print(f"{part:<11} | step {step:>5}/{steps} | loss {loss:6.4f} | exact {exact:5.3f} | {speed:7,.0f} ex/s | "
-          f"eta {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
+          f"eta {int(eta) // 60}:{int(eta) % 60:02d}" + f" | {skipped} steps skipped" * (skipped > 0),
+          flush=True)
     with open(run.out / "log.jsonl", "a") as f:
         f.write(json.dumps({"part": part, "step": step, "steps": steps, "loss": round(loss, 6),
-                            "exact": round(exact, 6), "examples_per_second": round(speed, 1)}) + "\n")
+                            "exact": round(exact, 6), "skipped": skipped,
+                            "examples_per_second": round(speed, 1)}) + "\n")
 
 # -----------------------------------------------------------------------------------------------------------
 # 8. Coconut: from text steps to thoughts
 def coconut_loss(model, batch, thoughts, read=()):
     """Cross-entropy on what the model must write: its text steps and the answer, never the problem's digits.
 
-    -> mean loss over those tokens; (B,) 1. where the whole answer is right under teacher forcing, else 0.; readings.
+    -> loss; (B,) 1. where the whole answer is right under teacher forcing, else 0.; readings.
     """
     n_text = batch.text_target.shape[1]
     h, cache, _ = model(model.wte(batch.prefix), valid=batch.valid, last=max(n_text, 1))
@@ -846,15 +984,20 @@ def coconut_loss(model, batch, thoughts, read=()):
     written = torch.cat([h[:, h.shape[1] - n_text:], said], dim=1)  # logits only where they are used
     target = torch.cat([batch.text_target, batch.answer_target], dim=1)
     logits = model.logits(written)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE)
-    return loss, all_right(logits[:, n_text:], batch.answer_target), readings
+    return token_loss(logits, target, batch.tokens), all_right(logits[:, n_text:], batch.answer_target), readings
+
+def token_loss(logits, target, tokens):
+    """Cross-entropy of the targets, summed and divided by the number of tokens in the whole batch: the losses of a
+    batch's parts add up to its mean, and so do their gradients."""
+    total = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / tokens
 
 def all_right(logits, target):
     """Rows (B,) whose every target token has the highest logit, as 0. or 1."""
     return ((logits.argmax(-1) == target) | (target == IGNORE)).all(dim=1).float()
 
-def coconut_step(run, model, step, k, purpose, size, explain=0.0):
-    """Loss and exactness of a training step at stage k: one operand length a batch.
+def coconut_step(run, model, step, k, purpose, size, explain=0.0, rows=ALL):
+    """Loss and exactness of these rows of a training step at stage k: one operand length a batch.
 
     explain: weight of the self-oracle's loss on the live readings of one thought of each problem, which asks a thought
     to hold the step that it stands for (as SIM-CoT, arXiv:2509.20317, whose decoder is a model of its own).
@@ -862,15 +1005,15 @@ def coconut_step(run, model, step, k, purpose, size, explain=0.0):
     cfg, text, rng = run.cfg, run.text, rng_of(run.cfg.seed, purpose, step)
     pairs = draw(rng, TRAIN, int(rng.choice(cfg.digits)), size)
     text_slots, thoughts = plan(cfg, text, pairs, k)
-    batch = make_batch(text, pairs, text_slots, cfg.device)
+    batch = make_batch(text, pairs, text_slots, cfg.device, rows)
     loss, exact, readings = coconut_loss(model, batch, thoughts, cfg.layers if explain else ())
     if readings is not None:
         readings = readings[:, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot]  # each slot's last thought
-        latent = torch.from_numpy(rng.integers(readings.shape[1], size=size))
+        latent = rng.integers(readings.shape[1], size=size)
         targets = [text.steps(a, b)[text_slots + i] for (a, b), i in zip(pairs.tolist(), latent.tolist())]
-        asked = prompt(cfg, str(rng.choice(TRAINED["step"])), cfg.layers)
-        rows = oracle_rows(text, [asked] * size, targets, cfg.device)
-        loss = loss + explain * oracle_loss(cfg, model, rows, readings[torch.arange(size), latent])[0]
+        prompts = [prompt(cfg, str(rng.choice(TRAINED["step"])), cfg.layers)] * size
+        vectors = readings[put(np.arange(len(readings)), cfg.device), put(latent[rows], cfg.device)]
+        loss = loss + explain * oracle_loss(run, model, prompts, targets, vectors, rows)[0]
     return loss, exact
 
 def train_coconut(run):
@@ -883,16 +1026,18 @@ def train_coconut(run):
     reached, _ = load_last(run)
     begin = names.index(reached) if reached in names else 0
     for part, (name, k) in [*zip(names, cfg.curriculum.items())][begin:]:
-        def loss_of(step):
-            return coconut_step(run, model, step, k, part, cfg.batch_size, cfg.explain)
+        def loss_of(step, rows):
+            return coconut_step(run, model, step, k, part, cfg.batch_size, cfg.explain, rows)
         fit(run, part, model, recipes.get(name, (cfg.train_mixed[0] * k, *cfg.train_mixed[1:])), loss_of)
+        if run.rank:
+            continue
         if k == 0 and not cfg.pretrained:
-            write_safetensors(run.out / "base.safetensors", model.state_dict())
+            save_part(run, "base", model.state_dict())
         scores = coconut_scores(run, model, k)
         print(f"{part:<11} | held-out exact match {show_rate(scores)}, teacher-forced "
               f"{scores['teacher_forced']['exact']:.3f}", flush=True)
         record(run, coconut={"stages": {name: scores}})
-    write_safetensors(run.out / "coconut.safetensors", model.state_dict())
+    save_part(run, "coconut", model.state_dict())
 
 # -----------------------------------------------------------------------------------------------------------
 # 9. Oracles: read a thought's hidden state in words
@@ -959,20 +1104,11 @@ def whitener(run, model, whiten=True):
     return lambda readings: torch.einsum("...rc,rcd->...rd", readings[..., layers, :].double() - mean, zca).float()
 
 def prompt(cfg, question, layers, slots=1):
-    """An <act> token for each layer read of one thought, or one for each thought of a run."""
-    names = ", ".join(str(layer - (cfg.protocol == "seed")) for layer in layers)
-    return f"Layer {names}: {'<act>' * (len(layers) if slots == 1 else slots)} {question}"
-
-def oracle_rows(text, prompts, targets, device):
-    """Prompts with their targets -> ids (B, T), targets (B, T') for the last T' positions with IGNORE over the prompt,
-    <act> positions (B, A). Built from token ids: the prompt's and the target's are joined, never their strings.
-    """
-    pairs = [(text.ids(p), (*text.ids(t), text.eos)) for p, t in zip(prompts, targets)]
-    ids = pad([(p + t)[:-1] for p, t in pairs], text.eos)
-    target = pad([(IGNORE,) * (len(p) - 1) + t for p, t in pairs], IGNORE)
-    target = np.ascontiguousarray(target[:, min(len(p) for p, _ in pairs) - 1:])
-    act = np.array([[at for at, i in enumerate(p) if i == text.act] for p, _ in pairs])
-    return tuple(torch.from_numpy(x).to(device) for x in (ids, target, act))
+    """The question, then an <act> token for each layer read of one thought, or one for each thought of a run. (The
+    seed's has the question last.)"""
+    acts, seed = "<act>" * (len(layers) if slots == 1 else slots), cfg.protocol == "seed"
+    layer = f"Layer {', '.join(str(layer - seed) for layer in layers)}:"
+    return f"{layer} {acts} {question}" if seed else f"{question} {layer}{acts}"
 
 def injection(cfg, vectors, act):
     """One thought's readings (B, R, C), an <act> token each, where --inject-layers says; or those of all layers of all
@@ -982,13 +1118,32 @@ def injection(cfg, vectors, act):
     at = dict(enumerate(vectors.unbind(2)[:-1])) if whole else dict.fromkeys(cfg.into_layers, vectors)
     return Injection(at, act, cfg.scale)
 
-def oracle_loss(cfg, model, rows, vectors):
-    """Cross-entropy of the targets given readings, as injection() takes them. -> mean loss, (B,) 1. where right."""
-    ids, target, act = rows
-    h, _, _ = model(model.wte(ids), inject=injection(cfg, vectors, act), last=target.shape[1])
-    logits = model.logits(h)
-    return (F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), ignore_index=IGNORE),
-            all_right(logits, target))
+def consult(run, model, prompts, vectors, said, last):
+    """Hidden states (B, last, C) and the cache, after prompts with readings in them and the tokens said (B, T') so far.
+
+    What comes before the first <act> is computed once for each different prompt (tiny's oracle step, 2 CPU cores: 55
+    -> 41 ms); from there on all have the same tokens.
+    """
+    text, device, number = run.text, said.device, {p: n for n, p in enumerate(dict.fromkeys(prompts))}
+    ids = [text.ids(p) for p in number]
+    heads, tail = [row[:row.index(text.act)] for row in ids], ids[0][ids[0].index(text.act):]
+    valid = put(pad([(1,) * len(head) for head in heads], 0, left=True) == 1, device)
+    _, cache, _ = model(model.wte(put(pad(heads, text.eos, left=True), device)), valid=valid, last=1)
+    of = put([number[p] for p in prompts], device)
+    cache = cache.map(lambda x: x[of])._replace(valid=cache.valid[of], pos=cache.pos[of])
+    act = put([[at for at, i in enumerate(tail) if i == text.act]], device).expand(len(said), -1)
+    said = torch.cat([put([tail], device).expand(len(said), -1), said], dim=1)
+    h, cache, _ = model(model.wte(said), cache, inject=injection(run.cfg, vectors, act), last=last)
+    return h, cache
+
+def oracle_loss(run, model, prompts, targets, vectors, rows=ALL):
+    """Loss and exactness, as coconut_loss's, of these rows of a batch of prompts and targets; vectors: theirs alone, as
+    injection() takes them. Built from token ids, never from the length of strings."""
+    ids = pad([(*run.text.ids(t), run.text.eos) for t in targets], IGNORE)
+    target = put(ids[rows], vectors.device)
+    said = target[:, :-1].where(target[:, :-1] != IGNORE, run.text.eos)
+    logits = model.logits(consult(run, model, prompts[rows], vectors, said, target.shape[1])[0])
+    return token_loss(logits, target, int((ids != IGNORE).sum())), all_right(logits, target)
 
 def show(vectors, view):
     """Readings (..., R, C) with zeros, which inject nothing, for the layers that are not in view."""
@@ -998,9 +1153,9 @@ def oracle_batches(run, coconut, split, purpose, size):
     """-> batch_at(step): rows and readings of fresh problems of one length, for both oracles in the same order.
 
     Gold labels ask about one thought: of its step, and in 2% of the rows of each other family (of what belongs to the
-    whole problem the last thought is asked, as in the seed). Model labels ask about all thoughts of a patched run, half
-    of the rows about a digit that the patch changed: these are the hard ones. One phrasing a family and batch: less
-    padding.
+    whole problem the last thought is asked, as in the seed). Model labels ask about all thoughts of a run: half of the
+    rows about a digit that a patch changed, which are the hard ones, the others about clean and patched runs alike. One
+    phrasing a family and batch: fewer prompts.
     """
     cfg, text, white = run.cfg, run.text, whitener(run, coconut, run.cfg.whiten)
     families = list(QUESTIONS)[:None if cfg.families == "all" else int(cfg.families)]
@@ -1020,11 +1175,13 @@ def oracle_batches(run, coconut, split, purpose, size):
             cells = rng.integers((512, D), size=(size, 2))
             changed = np.argwhere(clean.wrote != patched.wrote)
             family = str(rng.choice(list(MODEL_QUESTIONS), p=(0.9, 0.1)))
+            which = rng.integers(2, size=size)  # 0: clean, 1: patched
             if len(changed) and family == "written":
-                cells[::2] = rng.choice(changed, size=len(cells[::2]))
+                cells[::2], which[::2] = rng.choice(changed, size=len(cells[::2])), 1
             asked, layers = str(rng.choice(TRAINED[family])), range(len(coconut.h))
             prompts = [prompt(cfg, asked.replace("#", str(column)), layers, D + 1) for column in cells[:, 1]]
-            targets, vectors = [model_says(patched, *cell, family) for cell in cells], patched.readings[cells[:, 0]]
+            targets = [model_says(runs[of], *cell, family) for of, cell in zip(which, cells)]
+            vectors = torch.stack([r.readings for r in runs])[put(which, cfg.device), put(cells[:, 0], cfg.device)]
         else:
             clean = runs if cfg.labels == "gold" else runs[0]
             index, asked = rng.integers(512, size=size), rng.choice(families, size=size, p=shares)
@@ -1035,8 +1192,8 @@ def oracle_batches(run, coconut, split, purpose, size):
             targets = [text_says(text, *pair, *of) for pair, of in zip(pairs, zip(slot, asked))]
             # Of several layers, every other batch shows one alone: the oracle learns to do with each.
             view = list(cfg.views.values())[-1 if rng.random() < 0.5 else rng.integers(len(cfg.views))]
-            vectors = show(white(clean.readings[index, slot]), view)
-        return oracle_rows(text, prompts, targets, cfg.device), vectors
+            vectors = show(white(clean.readings[put(index, cfg.device), put(slot, cfg.device)]), view)
+        return prompts, targets, vectors
     return batch_at
 
 def train_oracle(run, name="oracle"):
@@ -1047,35 +1204,35 @@ def train_oracle(run, name="oracle"):
     if lora:
         add_lora(model, cfg.lora_rank)
     batch_at = oracle_batches(run, coconut, TRAIN, "oracle", cfg.batch_size)
-    def loss_of(step):
-        loss, exact = oracle_loss(cfg, model, *batch_at(step))
-        rng = rng_of(cfg.seed, "which rehearsal", step)
-        if rng.random() < cfg.rehearsal and not lora:
+    def loss_of(step, rows):
+        prompts, targets, vectors = batch_at(step)
+        loss, exact = oracle_loss(run, model, prompts, targets, vectors[rows], rows)
+        rng, size = rng_of(cfg.seed, "which rehearsal", step), math.ceil(cfg.batch_size / 4)
+        if rng.random() < cfg.rehearsal and not lora and (rows.start or 0) < size:
             # Text CoT or thoughts, a quarter of a batch: after text alone (as in the seed) none of 1000 held-out
             # problems was still solved in thoughts. Added to the oracle's loss, since every step of Muon is as large
             # as any other.
             k = cfg.last if rng.random() < 0.5 else 0
-            loss = loss + coconut_step(run, model, step, k, "rehearsal", math.ceil(cfg.batch_size / 4))[0]
+            loss = loss + coconut_step(run, model, step, k, "rehearsal", size, rows=rows)[0]
         return loss, exact
     steps, *rates = cfg.train_lora if lora else cfg.train_oracle
     fit(run, name, model, (steps * len(cfg.kinds), *rates), loss_of)
     weights = {key: w for key, w in model.state_dict().items() if not lora or ".lora_" in key}
-    write_safetensors(run.out / f"{name}.safetensors", weights)
+    save_part(run, name, weights)
 
 def ask(run, oracle, vectors, question):
     """The oracle's greedy answers to one question about readings, as injection() takes them; zeros inject nothing."""
     cfg, text, answers = run.cfg, run.text, []
     about = (range(len(oracle.h)), vectors.shape[1]) if vectors.ndim == 4 else (cfg.layers,)
-    ids = torch.tensor([text.ids(prompt(cfg, question, *about))], device=cfg.device)
-    at = (ids == text.act).nonzero()[:, 1][None]
+    asked = prompt(cfg, question, *about)
     # The seed's oracle never learnt to begin its answer, and is asked for it so (scripts/10, evaluate).
     short = question == SEED_QUESTIONS["answer"]
     hold = (text.seed * (2 if short else 3), (text.eos, text.bot, text.sep, text.eot, text.act))
     for chunk in vectors.split(1024):
         n = len(chunk)
         with torch.no_grad(), amp(cfg):
-            inject = injection(cfg, chunk, at.expand(n, -1))
-            h, cache, _ = oracle(oracle.wte(ids.expand(n, -1)), inject=inject, last=1)
+            nothing = torch.empty(n, 0, dtype=torch.long, device=cfg.device)
+            h, cache = consult(run, oracle, [asked] * n, chunk, nothing, last=1)
             written, _, _ = write(oracle, h, cache, text.eos, limit=10 if text.seed and short else 25, hold=hold)
         answers += [text.show(row) for row in written.tolist()]
     if text.seed:
@@ -1127,18 +1284,18 @@ def train_probes(run):
     weights, scores, steps = {}, {}, defaultdict(dict)
     for (kind, hidden), (name, view) in itertools.product(PROBES.items(), cfg.views.items()):
         probe = new_probe(run, view, hidden)
-        def loss_of(step):
-            i = torch.from_numpy(rng_of(cfg.seed, "probe", step).integers(len(x), size=512)).to(cfg.device)
-            parts = probe(x[i][:, view].flatten(1)).split(list(PROBED.values()), 1)
-            return (sum(F.cross_entropy(part, y[i, n]) for n, part in enumerate(parts)),
-                    (parts[-1].argmax(-1) == y[i, -1]).float())
+        def loss_of(step, rows):
+            i = put(rng_of(cfg.seed, "probe", step).integers(len(x), size=512)[rows], cfg.device)
+            parts = probe(x[i][:, view].flatten(1))[:, None].split(list(PROBED.values()), 2)
+            loss = sum(token_loss(part, y[i, n:n + 1], 512) for n, part in enumerate(parts))
+            return loss, all_right(parts[-1], y[i, -1:])
         fit(run, f"{kind} {name}", probe, cfg.train_probes, loss_of)
         hits = probe_says(probe, test[0][:, view]) == test[1].cpu().numpy()
         scores[kind] = {label: rate(hits[:, n]) for n, label in enumerate(PROBED)}  # the last view, all layers, stays
         steps[kind][name] = scores[kind]["step"]
         weights.update({f"{kind}.{name}.{key}": p for key, p in probe.state_dict().items()})
     record(run, probes={**scores, "step_by_layer": steps})
-    write_safetensors(run.out / "probes.safetensors", weights)
+    save_part(run, "probes", weights)
 
 # -----------------------------------------------------------------------------------------------------------
 # 11. Evaluation: rates with their intervals, controls, the report
@@ -1174,7 +1331,8 @@ def coconut_scores(run, model, k):
         text_slots, thoughts = plan(cfg, run.text, pairs, k)
         with torch.no_grad(), amp(cfg):
             answers = answer(run.text, model, ponder(cfg, run.text, model, pairs, k)[0], digits)
-            forced += coconut_loss(model, make_batch(run.text, pairs, text_slots, cfg.device), thoughts)[1].tolist()
+            batch = make_batch(run.text, pairs, text_slots, cfg.device)
+            forced += coconut_loss(model, batch, thoughts)[1].tolist()
         by_digits.setdefault(str(digits), []).extend(s == str(a + b) for s, (a, b) in zip(answers, pairs.tolist()))
     return {**rate(sum(by_digits.values(), [])), "teacher_forced": rate(forced),
             "by_digits": {digits: rate(hits) for digits, hits in by_digits.items()}}
@@ -1358,7 +1516,7 @@ def evaluate(run):
         batch_at = oracle_batches(run, coconut, VALIDATION, "validation", 256)
         for name, model in (("oracle", oracle), ("lora", lora)):
             with torch.no_grad(), amp(cfg):
-                losses = [oracle_loss(cfg, model, *batch_at(i))[0].item() for i in range(10)]
+                losses = [oracle_loss(run, model, *batch_at(i))[0].item() for i in range(10)]
             sections[name]["val_loss"] = float(np.mean(losses))
         sections["probes"], sections["layers"] = {"lens": lens_scores(run, coconut, runs)}, {}
         for name, view in cfg.views.items():
@@ -1410,20 +1568,25 @@ def tables(results):
     for D, grid in causal["map"].items():
         yield (f"{D} digits: become the other's, with its", [f"column {c}" for c in range(int(D))],
                {f"thought of slot {slot}": row for slot, row in enumerate(grid)})
-    yield "the digit read is the digit written", ("changed by the patch", "patched", "clean", "wrong", "step, no final"), {
+    cases = ("changed by the patch", "patched", "clean", "wrong", "step, no final")
+    yield "the digit read is the digit written", cases, {
         f"layer {name}, {reader}": [r["changed"], *(r[case]["exact"] for case in ("patched", "clean", "wrong")),
                                     r["step"]["exact"] if "step" in r else None]
         for name, readers in results["layers"].items() for reader, r in readers.items()}
 
+def print_table(title, names, rows):
+    """rows: name -> cells; a cell is an R, a number, text, or None."""
+    def shown(x):
+        return {dict: show_rate, float: "{:.3f}".format, type(None): lambda _: "-"}.get(type(x), str)(x)
+    widths = [max(len(shown(x)), len(name), 8) + 2 for name, x in zip(names, next(iter(rows.values())))]
+    print(f"\n{title:<38}" + "".join(name.rjust(width) for name, width in zip(names, widths)))
+    for name, cells in rows.items():
+        print(f"  {name:<36}" + "".join(shown(x).rjust(width) for x, width in zip(cells, widths)))
+
 def report(results):
     """Print the tables, and the first mistakes."""
-    def shown(x):
-        return show_rate(x) if isinstance(x, dict) else "-" if x is None else f"{x:.3f}"
     for title, names, rows in tables(results):
-        widths = [max(len(shown(x)), len(name), 8) + 2 for name, x in zip(names, next(iter(rows.values())))]
-        print(f"\n{title:<38}" + "".join(name.rjust(width) for name, width in zip(names, widths)))
-        for name, cells in rows.items():
-            print(f"  {name:<36}" + "".join(shown(x).rjust(width) for x, width in zip(cells, widths)))
+        print_table(title, names, rows)
     print("\nfirst mistakes of the self-oracle")
     for m in results["oracle"]["mistakes"]:
         print(f"  {m['problem'] + ' slot ' + str(m['slot']):<24} is {m['step']:<26} read as {m['read']}")
@@ -1431,6 +1594,87 @@ def report(results):
 
 # -----------------------------------------------------------------------------------------------------------
 # 12. Stages and command line
+def seconds_of(device, call):
+    """Median seconds of a warm call, of up to ten in 20 s, and how much longer the first one took: compiling."""
+    times = []
+    while len(times) < 3 or len(times) < 13 and sum(times) < 20:
+        begin = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    median = float(np.median(times[min(3, len(times) - 2):]))
+    return median, times[0] - median
+
+def work_of(model, call):
+    """FLOPs of a call, counted from the shapes of its matrix products and attentions, and tokens through the model."""
+    tokens = []
+    hook = model.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:2].numel()))
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as f:
+        call()
+    hook.remove()
+    model.zero_grad()
+    return f.get_total_flops(), sum(tokens)
+
+def bench(run):
+    """Speed of every kind of step on the longest problems, beside the machine's own matrix product: a table, a line of
+    JSON. MFU counts the model's FLOPs alone; seconds are of whole steps, data and optimizer included."""
+    digits, results = max(run.cfg.digits), {}
+    run = run._replace(cfg=dataclasses.replace(run.cfg, digits=(digits,)))
+    cfg, text, B, last, steps = run.cfg, run.text, run.cfg.batch_size, run.cfg.last, itertools.count()
+    n, dtype = 8192 if cfg.device == "cuda" else 2048, getattr(torch, cfg.dtype)
+    a, b = torch.randn(2, n, n, device=cfg.device, dtype=dtype)
+    peak = 2 * n**3 / seconds_of(cfg.device, lambda: a @ b)[0]
+    model = new_model(run)
+    batch_at = oracle_batches(run, model, TRAIN, "bench", B)
+    pairs = draw(rng_of(cfg.seed, "bench"), VALIDATION, digits, B)
+    def coconut(k):
+        return lambda step, rows: coconut_step(run, model, step, k, "bench", B, rows=rows)
+    def one_by_one(step, rows):  # as the seed trains
+        return coconut_step(run, model, 16 * step + rows.start, last, "bench", 1)
+    def oracle(step, rows):
+        prompts, targets, vectors = batch_at(step % 32)
+        return oracle_loss(run, model, prompts, targets, vectors[rows], rows)
+    def answers():
+        with torch.no_grad(), amp(cfg):
+            answer(text, model, ponder(cfg, text, model, pairs, last)[0], digits)
+    def training(loss_of, recipe, parts):
+        params, optimizers = list(model.parameters()), make_optimizers(model, *recipe[1:])
+        def update():
+            nonlocal parts
+            _, parts = train_step(run, params, optimizers, loss_of, next(steps), parts)
+        def gradients():
+            with amp(cfg):
+                sum(loss_of(0, slice(part, None, parts))[0] for part in range(parts)).backward()
+        return update, gradients
+    parts = math.ceil(B / run.world / (cfg.micro_batch or B))
+    for name, size, (call, counted) in (
+            ("text step", B, training(coconut(0), cfg.train_text, parts)),
+            ("all-thoughts step", B, training(coconut(last), cfg.train_latent, parts)),
+            ("one example at a time, 16 added up", 16, training(one_by_one, cfg.train_latent, 16)),
+            ("oracle step", B, training(oracle, cfg.train_oracle, parts)), ("answers", B, (answers, answers))):
+        if cfg.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds, compiling = seconds_of(cfg.device, call)
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far
+        flops, tokens = work_of(model, counted)
+        results[name] = {"examples_per_second": size / seconds, "tokens_per_second": tokens / seconds,
+                         "seconds": seconds, "flops": flops, "mfu": flops / seconds / peak / run.world,
+                         "memory_bytes": torch.cuda.max_memory_allocated() if cfg.device == "cuda" else used,
+                         "compile_seconds": compiling if cfg.compile else None}
+    if run.rank:
+        return
+    batched, single = (results[name]["examples_per_second"] for name in [*results][1:3])
+    told = {name: getattr(cfg, name) for name in ("model", "device", "dtype", "compile", "batch_size", "micro_batch")}
+    told |= {"processes": run.world, "digits": digits, "thoughts": (digits + 1) * cfg.thoughts_per_slot,
+             "env": environment(cfg), "peak_flops_per_second": peak, "batched_over_single": batched / single}
+    names = ("examples/s", "tokens/s", "seconds", "MFU", "GB", "compile s")
+    print_table(f"matrix product {peak / 1e12:.3g} TFLOP/s", names, {
+        name: (f"{r['examples_per_second']:.1f}", f"{r['tokens_per_second']:.0f}", r["seconds"], r["mfu"],
+               r["memory_bytes"] / 1e9, r["compile_seconds"]) for name, r in results.items()})
+    print(f"all thoughts, batched: {batched / single:.1f} times the examples/s of one at a time")
+    print(json.dumps(told | {"steps": results}))
+
 def export(run):
     """OUT/export/NAME of the coconut and each oracle, adapters merged, for transformers' from_pretrained."""
     cfg, text = run.cfg, run.text
@@ -1455,7 +1699,7 @@ PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracl
 NEEDS = {"probes": ("coconut",), "oracle": ("coconut",), "lora": ("coconut", "base"), "export": ("coconut",),
          "eval": ("coconut", "base", "probes", "oracle", "lora")}
 
-def check(cfg, parts):
+def check(cfg, parts, world=1):
     """Refuse what cannot work before anything is written. Raises UserError."""
     out, own, slots = Path(cfg.out), cfg.protocol == "own", max(cfg.digits) + 1
     def done(part):
@@ -1483,6 +1727,7 @@ def check(cfg, parts):
     refuse(4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,  # 13: longest step and <sep>
            f"{cfg.positions} positions do not hold {max(cfg.digits)} digits with {cfg.thoughts_per_slot} thoughts a "
            "slot: lower --digits or --thoughts-per-slot")
+    refuse(cfg.batch_size < world, f"--batch-size {cfg.batch_size} is too small for {world} processes: raise it")
     refuse(cfg.resume and cfg.force, "--resume keeps finished parts and --force trains them again: choose one")
     refuse(cfg.resume and not (out / "config.json").exists(),
            f"--resume: there is no run in {out}: leave --resume out to start one")
@@ -1497,23 +1742,37 @@ def check(cfg, parts):
            f"{out} already has a run ({found and found[0]}): --resume goes on, --force trains it again, another --out "
            "keeps both")
 
-def open_run(cfg, parts):
+def open_run(cfg, parts, rank, world):
     """Make the directory, clear what is to be trained again, write config.json -> Run. Raises UserError."""
     out = Path(cfg.out)
     text = Text(read_bpe(released(cfg, gpt2_weights.BPE_FILES)) if cfg.pretrained else None, cfg.protocol == "seed")
+    run = Run(cfg, text, out, rank, world)
+    if rank or cfg.stage == "bench":
+        return run
     if "coconut" in parts and cfg.pretrained:
         released_weights(cfg, text)  # refuses a wrong file before anything is written
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if cfg.resume and (out / "log.jsonl").exists():  # the last line may have been cut short
+            write_text(out / "log.jsonl", "".join(re.findall(r".*\n", (out / "log.jsonl").read_text())))
         if not cfg.resume:
             names = [f"{part}.safetensors" for part in ("base", *PARTS)] + ["last.pt", "results.json", "log.jsonl"]
             for name in names if "coconut" in parts else [f"{part}.safetensors" for part in parts]:
                 (out / name).unlink(missing_ok=True)
-        knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in SESSION}
-        write_text(out / "config.json", json.dumps(knobs, indent=1) + "\n")
+        write_text(out / "config.json", json.dumps(knobs(cfg), indent=1) + "\n")
     except OSError as e:
         raise UserError(f"--out {out} cannot be written ({e.strerror}): choose another directory") from e
-    return Run(cfg, text, out)
+    return run
+
+def processes(device):
+    """-> the number of this process and of all that torchrun started; each takes a GPU of its own. Plain sums of
+    gradients join them: see train_step."""
+    rank, local, world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1:
+        if device == "cuda":
+            torch.cuda.set_device(local)
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return rank, world
 
 def main(argv=None):
     cfg = parse(argv)
@@ -1522,29 +1781,45 @@ def main(argv=None):
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     cfg = dataclasses.replace(cfg, device=device, dtype=dtype,
                               compile=device == "cuda" if cfg.compile is None else cfg.compile)
-    check(cfg, parts)
-    run = open_run(cfg, parts)
+    rank, world = processes(device)
+    if not rank:
+        check(cfg, parts, world)
+    run = open_run(cfg, parts, rank, world)
     torch.set_float32_matmul_precision("high")
     size = sum(map(math.prod, shapes_of(cfg, run.text).values()))
-    print(f"cocoracle {cfg.stage} | {cfg.model}, {size:,} parameters | {environment(cfg)['device']}, {cfg.dtype} | "
-          f"digits {', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}")
-    if cfg.stage == "export":
-        return export(run)
+    if not rank:
+        print(f"cocoracle {cfg.stage} | {cfg.model}, {size:,} parameters | {environment(cfg)['device']}, {cfg.dtype} | "
+              f"digits {', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}")
+    if cfg.stage in ("bench", "export"):
+        return {"bench": bench, "export": export}[cfg.stage](run)
     for part in parts:
-        if not (run.out / f"{part}.safetensors").exists():
+        if world > 1:
+            torch.distributed.barrier()  # until the first has written what the others read
+        if not (run.out / f"{part}.safetensors").exists() and not (rank and part == "eval"):
             begin = time.time()
             PARTS[part](run)
             record(run, seconds={part: time.time() - begin})
-    if "eval" in parts:
+    if "eval" in parts and not rank:
         seconds = load_json(run.out / "results.json")["seconds"]
         report(record(run, seconds={"total": sum(seconds[part] for part in PARTS if part in seconds)}))
 
-if __name__ == "__main__":
+def command_line(argv=None):
+    """main(), with mistakes and interruptions told in one line. -> the exit code."""
     try:
-        main()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        main(argv)
     except (UserError, WeightsError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except OSError as e:
+        print(f"error: {e.filename or 'a file'} cannot be read or written ({e.strerror}): what was there before is "
+              "whole; make room, or choose another --out", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print("\ninterrupted: the same command with --resume (and without --force) goes on from the last checkpoint",
+              file=sys.stderr)
+        return 130
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(command_line())

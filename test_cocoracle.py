@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -67,40 +68,61 @@ def cli(*args, cwd=None):
 # -----------------------------------------------------------------------------------------------------------
 # Configuration: bad input
 
-@pytest.mark.parametrize("args, says", [
-    (["--stage", "everything"], "--stage"),
-    (["--model", "gpt5"], "--model"),
-    (["--digits", "0"], "--digits"),
-    (["--digits", "abc"], "--digits"),
-    (["--digits", "1"], "--digits"),
-    (["--digits", "3-2"], "--digits"),
-    (["--digits", "2,99"], "--digits"),
-    (["--batch-size", "0"], "--batch-size"),
-    (["--train-text", "0"], "--train-text"),
-    (["--train-text", "9,nan"], "--train-text"),
-    (["--train-oracle", "9,1e-3,0,0.1,7"], "STEPS,LR,MUON,DECAY"),
-    (["--rehearsal", "1.5"], "--rehearsal"),
-    (["--labels", "silver"], "--labels"),
-    (["--read-layers", "2"], "--read-layers"),
-    (["--inject-layers", "0,1"], "--inject-layers"),
-    (["--prior", "nowhere"], "--prior"),
-    (["--seed", "-1"], "--seed"),
-    (["--dtype", "float16"], "--dtype"),
-    (["--no-such-flag"], "--no-such-flag"),
-    (["--thoughts-per-slot", "99"], "--thoughts-per-slot"),
-    (["--resume", "--force"], "--resume"),
-    (["--resume"], "no run"),
-    (["--stage", "oracle"], "--stage coconut"),
-    (["--stage", "eval"], "--stage coconut"),
-    pytest.param(["--device", "cuda"], "no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="GPU")),
-])
-def test_bad_command_line(tmp_path, args, says):
+BAD = [  # arguments, and what the one line on stderr must name
+    ("--stage everything", "--stage"), ("--stage", "--stage"), ("--model gpt5", "--model"), ("--init no", "--init"),
+    ("--model tiny --init pretrained", "--model gpt2"), ("--weights there", "--model gpt2"),
+    ("--model gpt2 --init scratch --weights there", "--weights"), ("--model gpt2 --weights there", "there"),
+    ("--seed -1", "--seed"), ("--seed one", "--seed"), ("--seed 9223372036854775808", "--seed"),
+    ("--device tpu", "--device"), ("--dtype float16", "--dtype"), ("--compile yes", "yes"), ("--resume maybe", "maybe"),
+    ("--digits 0", "--digits"), ("--digits abc", "--digits"), ("--digits 1", "--digits"), ("--digits 3-2", "--digits"),
+    ("--digits 2,99", "--digits"), ("--digits 2,", "--digits"), ("--thoughts-per-slot 0", "--thoughts-per-slot"),
+    ("--thoughts-per-slot 99", "--thoughts-per-slot"), ("--digits 8 --thoughts-per-slot 30", "--digits"),
+    ("--thoughts loud", "--thoughts"), ("--protocol other", "--protocol"), ("--protocol seed", "--stage eval"),
+    ("--coconut a.pt", "--protocol seed"), ("--oracle a.pt", "--protocol seed"),
+    ("--protocol seed --stage eval --coconut a.pt --oracle b.pt --model gpt2", "gpt2-large"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "--batch-size"), ("--micro-batch -1", "--micro-batch"),
+    ("--train-text 0", "--train-text"), ("--train-text 9,nan", "--train-text"), ("--train-text 9,inf", "--train-text"),
+    ("--train-mixed 9,0", "--train-mixed"), ("--train-latent ,", "--train-latent"),
+    ("--train-oracle 9,1e-3,0,0.1,7", "STEPS,LR,MUON,DECAY"), ("--explain -1", "--explain"),
+    ("--labels silver", "--labels"), ("--families 2", "--families"), ("--read-layers 2", "--read-layers"),
+    ("--read-layers half", "--read-layers"), ("--inject-layers 0,1", "--inject-layers"), ("--scale -2", "--scale"),
+    ("--rehearsal 1.5", "--rehearsal"), ("--lora-rank 0", "--lora-rank"), ("--probe-problems 0", "--probe-problems"),
+    ("--eval-problems 0", "--eval-problems"), ("--prior nowhere", "--prior"), ("--log-every 0", "--log-every"),
+    ("--save-every nan", "--save-every"), ("--no-such-flag", "--no-such-flag"), ("stray", "stray"),
+    ("--resume --force", "--resume"), ("--resume", "no run"), ("--stage probes", "--stage coconut"),
+    ("--stage oracle", "--stage coconut"), ("--stage lora", "--stage coconut"), ("--stage eval", "--stage coconut"),
+    ("--stage export", "--stage coconut")]
+if not torch.cuda.is_available():
+    BAD.append(("--device cuda", "no GPU"))
+
+@pytest.mark.parametrize("args, says", BAD)
+def test_bad_command_line(tmp_path, monkeypatch, capsys, args, says):
     """A wrong invocation ends with exit code 2 and one line on stderr that names the flag, and writes nothing."""
-    out = tmp_path / "run"
-    done = cli(*args, "--out", out, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and says in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert co.command_line([*args.split(), "--out", "run"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert list(tmp_path.iterdir()) == []
+
+def test_bad_command_line_of_a_process():
+    """The process itself ends with 2 and prints no traceback."""
+    done = cli("--model", "gpt5")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "--model" in done.stderr
+
+@pytest.mark.parametrize("args, says", [
+    ("--stage oracle --bottleneck", "False"), ("--stage eval --seed 1", "has 0"), ("--stage lora --digits 2-4", "2, 3"),
+    ("--stage probes --read-layers 1", "0.5"), ("--resume --train-text 7", "6"), ("--resume --batch-size 9", "has 8"),
+    ("--stage oracle --model gpt2", "tiny"), ("--stage eval --thoughts pause", "hidden"),
+    ("--stage oracle --no-whiten", "True"), ("--stage lora --labels all", "gold"),
+    ("", "--resume"), ("--stage coconut", "--resume"), ("--stage oracle", "oracle")])
+def test_contradictions_with_a_run(mini, capsys, args, says):
+    """Flags that contradict the run in --out, and parts that it has, are refused, naming what the run has."""
+    out, _ = mini
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert co.command_line([*args.split(), "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/cocoracle"])
 def test_out_that_cannot_be_written(tmp_path, where):
@@ -164,6 +186,25 @@ def test_splits_are_disjoint():
         assert (co.split_of(*pairs.T) == s).all() and len(pairs) == 1500
         drawn.append({tuple(sorted(p)) for p in pairs.tolist()})
     assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
+
+@pytest.mark.parametrize("digits", [3, 4, 5, 6, 7, 8])
+def test_no_problem_is_trained_and_tested_on(digits):
+    """Of 100,000 problems drawn for each split, none is in two of them, whichever way round it is written."""
+    drawn = [co.draw(co.rng_of(digits, split), split, digits, 100_000) for split in (co.TRAIN, co.VALIDATION, co.TEST)]
+    keys = [np.unique(pairs.min(1) * 10**digits + pairs.max(1)) for pairs in drawn]
+    assert all(len(pairs) == 100_000 and (co.split_of(*pairs.T) == split).all() for split, pairs in enumerate(drawn))
+    assert len(np.unique(np.concatenate(keys))) == sum(map(len, keys))
+
+def test_data_is_frozen():
+    """A seed gives the same problems, questions and order on every machine: digests of what a run is trained on."""
+    run, told = run_of(), hashlib.sha256()
+    for step in range(3):
+        told.update(co.draw(co.rng_of(0, "coconut 0", step), co.TRAIN, 3, 64).astype("<i8").tobytes())
+    batch_at = co.oracle_batches(run, tiny(), co.TRAIN, "oracle", 32)
+    for step in range(3):
+        told.update(json.dumps(batch_at(step)[:2]).encode())
+    told.update(np.concatenate(co.test_problems(run)[:2]).astype("<i8").tobytes())
+    assert told.hexdigest()[:16] == "b3e1f9c283d7cf3e"
 
 def test_split_hash_is_frozen():
     """The hash never changes: a changed one would leak test problems into the training of runs that exist."""
@@ -344,7 +385,7 @@ def test_compiled_and_bf16_agree_with_eager_fp32():
     compiled.zero_grad()
     backend = "aot_eager" if " " in sys.prefix else "inductor"  # inductor's linker call does not quote its paths
     for block in compiled.h:
-        block.compile(dynamic=True, backend=backend)
+        block.compile(backend=backend)
     loss_c, _, _ = co.coconut_loss(compiled, batch, co.Thoughts(3))
     loss_c.backward()
     assert abs(loss_c - loss) < 1e-4 and (compiled.h[0].mlp.c_fc.weight.grad - grad).abs().max() < 1e-4
@@ -509,19 +550,31 @@ def test_loss_counts_only_what_is_written():
                 terms.append(-logp[t, ids[0, t + 1]].item())
     assert abs(loss.item() - np.mean(terms)) < 1e-4
 
-def test_oracle_labels_mask_exactly_the_prompt():
-    """Targets are the answer and its end token, from the last prompt token on; the prompt is never one."""
-    prompts = [co.prompt(CFG, q, (2,)) for q in co.QUESTIONS["step"][:2]]
-    answers = ["7+5=12 write 2 carry 1", "carry 0"]
-    ids, target, act = co.oracle_rows(TEXT, prompts, answers, "cpu")
-    assert target.shape[1] == ids.shape[1] - min(len(TEXT.ids(p)) for p in prompts) + 1
-    target = F.pad(target, (ids.shape[1] - target.shape[1], 0), value=co.IGNORE)
-    for i, (p, answer) in enumerate(zip(prompts, answers)):
-        n, t = len(TEXT.ids(p)), len(TEXT.ids(answer))
-        assert ids[i, :n].tolist() == list(TEXT.ids(p)) and ids[i, act[i, 0]] == TEXT.act
-        assert TEXT.enc.decode(ids[i, n:n + t].tolist()) == answer
-        assert (target[i, :n - 1] == co.IGNORE).all() and (target[i, n + t:] == co.IGNORE).all()
-        assert TEXT.enc.decode(target[i, n - 1:n + t].tolist()) == answer + "<|endoftext|>"
+def plain_oracle(model, prompt, target, vectors, layer=1):
+    """The log-probabilities (T', V) that predict the target and its end, from one unbroken pass."""
+    head, said = TEXT.ids(prompt), (*TEXT.ids(target), TEXT.eos)
+    ids = torch.tensor([(*head, *said)])
+    with torch.no_grad():
+        at = (ids == TEXT.act).nonzero()[:, 1][None]
+        h = model(model.wte(ids[:, :-1]), inject=co.Injection({layer: vectors[None]}, at, 2.0))[0]
+    return model.logits(h)[0, len(head) - 1:].log_softmax(-1), torch.tensor(said)
+
+def test_oracle_loss_is_that_of_plain_rows():
+    """The oracle's loss is on the answer and its end token alone, whatever the prompts' lengths; shared beginnings,
+    padding and a batch taken in parts change nothing."""
+    run, model = run_of(), tiny(std=0.12)
+    asked = [co.QUESTIONS["step"][0], co.QUESTIONS["carry_in"][3], co.QUESTIONS["step"][0]]
+    prompts = [co.prompt(CFG, question, (2,)) for question in asked]
+    assert len({len(TEXT.ids(p)) for p in prompts}) == 2
+    answers, vectors, terms, right = ["7+5=12 write 2 carry 1", "no", "carry 0"], torch.randn(3, 1, 96), [], []
+    for prompt, said, v in zip(prompts, answers, vectors):
+        logp, target = plain_oracle(model, prompt, said, v)
+        terms += (-logp[torch.arange(len(target)), target]).tolist()
+        right.append(float((logp.argmax(-1) == target).all()))
+    loss, exact = co.oracle_loss(run, model, prompts, answers, vectors)
+    assert abs(loss - np.mean(terms)) < 1e-4 and exact.tolist() == right
+    parts = [co.oracle_loss(run, model, prompts, answers, vectors[i::2], slice(i, None, 2))[0] for i in (0, 1)]
+    assert abs(sum(parts) - loss) < 1e-4
 
 def test_readings_belong_to_their_slot():
     """Readings are, for each problem and slot, the streams that ponder() reads there; so are their texts."""
@@ -594,15 +647,14 @@ def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch, labels):
     """In a training batch what is injected are the readings of the very thought, or run, that the target is about."""
     monkeypatch.setattr(co, "answer", told)
     run, model, thought = run_of(whiten=False, labels=labels, bottleneck=True), tiny(std=0.1), []
-    (ids, target, act), vectors = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
+    prompts, targets, vectors = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
     real = co.think_about
     monkeypatch.setattr(co, "think_about", lambda *args: thought.append(real(*args)) or thought[-1])
-    (ids2, target2, _), again = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
-    assert torch.equal(ids, ids2) and torch.equal(target, target2) and torch.equal(vectors, again)
-    families, changed = set(), 0
+    *same, again = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)(3)
+    assert same == [prompts, targets] and torch.equal(vectors, again)
+    families, changed, cleans = set(), 0, 0
     for i in range(len(vectors)):
-        said = TEXT.enc.decode([t for t in target[i].tolist() if t != co.IGNORE][:-1])
-        question = TEXT.enc.decode(ids[i].tolist()).split("<act> ")[1].split("<|endoftext|>")[0]
+        said, question = targets[i], prompts[i].split(" Layer")[0]
         column = re.search(r"column (\d)", question)
         question = re.sub(r"column \d", "column #", question)
         family = next(f for f, asked in co.TRAINED.items() if any(question.startswith(q) for q in asked))
@@ -613,16 +665,17 @@ def test_oracle_batch_pairs_each_reading_with_its_text(monkeypatch, labels):
             assert says == {said} and len(vectors[i]) == 1  # a problem may be drawn twice
             assert family not in co.OF_PROBLEM or all(slot == runs.readings.shape[1] - 1 for runs, (_, slot) in found)
         else:
-            found = [(clean, patched, at.item()) for clean, patched in thought if patched.readings.shape[1:] == vectors[i].shape
-                     for at in (patched.readings == vectors[i]).flatten(1).all(1).nonzero()]
-            assert found and len(set(act[i].tolist())) == len(vectors[i])
-            clean, patched, row = found[0]
+            found = [(runs, pair, at.item()) for pair in thought for runs in pair
+                     if runs.readings.shape[1:] == vectors[i].shape
+                     for at in (runs.readings == vectors[i]).flatten(1).all(1).nonzero()]
+            runs, (clean, patched), row = found[0]
             c = int(column[1])
-            assert TEXT.show(ids[i]).startswith("Layer 0, 1, 2: " + "<act>" * len(vectors[i]) + " ")
-            assert said == co.model_says(patched, row, c, family)
-            changed += clean.wrote[row, c] != patched.wrote[row, c]
+            assert prompts[i].endswith(" Layer 0, 1, 2:" + "<act>" * len(vectors[i]))
+            assert said == co.model_says(runs, row, c, family)
+            changed += runs is patched and clean.wrote[row, c] != patched.wrote[row, c]
+            cleans += runs is clean
     assert ("step" in families and len(families) > 1) if labels == "gold" else families <= set(co.MODEL_QUESTIONS)
-    assert labels == "gold" or changed >= 32
+    assert labels == "gold" or changed >= 32 and cleans >= 8
 
 def test_several_layers_are_shown_alone_too():
     """With several layers read, a view shows one of them or all; what is not shown is zero, and injects nothing."""
@@ -630,8 +683,8 @@ def test_several_layers_are_shown_alone_too():
     assert run.cfg.views == {"0": [0], "2": [1], "3": [2], "all": [0, 1, 2]} and CFG.views == {"2": [0]}
     batch_at = co.oracle_batches(run, model, co.TRAIN, "oracle", 8)
     for step in range(30):
-        (ids, _, act), vectors = batch_at(step)
-        assert act.shape == (8, 3) and TEXT.show(ids[0]).startswith("Layer 0, 2, 3: <act><act><act> ")
+        prompts, _, vectors = batch_at(step)
+        assert all(prompt.endswith(" Layer 0, 2, 3:<act><act><act>") for prompt in prompts)
         seen = vectors.abs().amax(-1) > 0
         assert (seen == seen[0]).all()
         shown.add(tuple(seen[0].tolist()))
@@ -650,11 +703,10 @@ def test_whole_runs_are_injected_layer_by_layer():
 def test_explained_thoughts_are_asked_for_their_own_step(monkeypatch, k):
     """With --explain each problem's live reading of one latent slot is asked for the step of that slot."""
     run, model, asked, lived = run_of(thoughts_per_slot=2, digits=(3,)), tiny(std=0.1), [], []
-    real_loss, real_rows = co.coconut_loss, co.oracle_rows
+    real_loss = co.coconut_loss
     monkeypatch.setattr(co, "coconut_loss", lambda *args: lived.append(real_loss(*args)) or lived[-1])
-    monkeypatch.setattr(co, "oracle_rows", lambda text, prompts, targets, device: asked.append(targets) or
-                        real_rows(text, prompts, targets, device))
-    monkeypatch.setattr(co, "oracle_loss", lambda cfg, model, rows, vectors: asked.append(vectors) or [0.0])
+    monkeypatch.setattr(co, "oracle_loss", lambda run, model, prompts, targets, vectors, rows:
+                        asked.extend([targets, vectors]) or [0.0])
     co.coconut_step(run, model, 3, k, "coconut", 32, explain=1.0)
     rng = co.rng_of(run.cfg.seed, "coconut", 3)
     rng.choice(run.cfg.digits)
@@ -696,18 +748,83 @@ def test_training_and_asking_inject_alike(monkeypatch):
     """The logits that the oracle's loss sees are those that it writes from, and follow the formula at --scale."""
     run, model, seen, written = run_of(), tiny(std=0.12), [], []
     vectors, question = torch.randn(1, 1, 96), co.HELD_OUT["step"]
-    entropy, write = co.F.cross_entropy, co.write
-    monkeypatch.setattr(co.F, "cross_entropy", lambda logits, *a, **k: seen.append(logits) or entropy(logits, *a, **k))
+    loss_of, write = co.token_loss, co.write
+    monkeypatch.setattr(co, "token_loss", lambda logits, *a: seen.append(logits) or loss_of(logits, *a))
     monkeypatch.setattr(co, "write", lambda model, h, *a, **k: written.append(h) or write(model, h, *a, **k))
-    rows = co.oracle_rows(TEXT, [co.prompt(CFG, question, (2,))], ["7+5=12 write 2"], "cpu")
-    co.oracle_loss(CFG, model, rows, vectors)
+    prompt = co.prompt(CFG, question, (2,))
+    co.oracle_loss(run, model, [prompt], ["7+5=12 write 2"], vectors)
     co.ask(run, model, vectors, question)
-    ids, _, act = rows
-    with torch.no_grad():
-        expected = model.logits(model(model.wte(ids), inject=co.Injection({1: vectors}, act, 2.0))[0])
-    first = len(TEXT.ids(co.prompt(CFG, question, (2,)))) - 1
-    assert (seen[0] - expected[0, first:]).abs().max() < 1e-5
-    assert (model.logits(written[0])[0, 0] - expected[0, first]).abs().max() < 1e-5
+    expected, _ = plain_oracle(model, prompt, "7+5=12 write 2", vectors[0])
+    assert (seen[0][0].log_softmax(-1) - expected).abs().max() < 1e-5
+    assert (model.logits(written[0])[0, 0].log_softmax(-1) - expected[0]).abs().max() < 1e-5
+
+# -----------------------------------------------------------------------------------------------------------
+# Training kit
+
+def step_of(run, kind):
+    """-> a model and the loss of its training step, as the parts of a run have it."""
+    model = tiny(std=0.1)
+    if kind != "oracle":
+        return model, lambda step, rows: co.coconut_step(run, model, step, kind, "coconut", 12, 0.3, rows)
+    batch_at = co.oracle_batches(run, tiny(1), co.TRAIN, "oracle", 12)
+
+    def loss_of(step, rows):
+        prompts, targets, vectors = batch_at(step)
+        return co.oracle_loss(run, model, prompts, targets, vectors[rows], rows)
+    return model, loss_of
+
+@pytest.mark.parametrize("kind", [0, 2, 4, "oracle"])
+def test_a_batch_in_parts_has_the_same_gradients(monkeypatch, kind):
+    """The parts of a batch, in one process or in several, add up to its gradients; also where memory runs out."""
+    monkeypatch.setattr(co.nn.utils, "clip_grad_norm_", lambda *args: torch.ones(()))
+    monkeypatch.setattr(co, "add_up", lambda tensors: None)  # both processes add to the same gradients here
+    run, found = run_of(batch_size=12, whiten=False), []
+    for parts, world, room in ((1, 1, 99), (3, 1, 99), (2, 2, 99), (5, 1, 99), (1, 1, 4)):
+        model, loss_of = step_of(run, kind)
+
+        def limited(step, rows):
+            if len(range(12)[rows]) > room:
+                raise torch.OutOfMemoryError
+            return loss_of(step, rows)
+
+        told = [co.train_step(run._replace(rank=rank, world=world), [*model.parameters()], [], limited, 3, parts)
+                for rank in range(world)]
+        assert all(used == (parts if room == 99 else 4) for _, used in told)
+        totals = sum(each for each, _ in told)
+        found.append((totals[:3], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (told, gradients), *others = found
+    assert told[2] == 12 and gradients.norm() > 0.1
+    for again, same in others:
+        assert torch.allclose(told, again, atol=1e-4) and (same - gradients).abs().max() < 1e-4 * gradients.abs().max()
+    with pytest.raises(co.UserError, match="--micro-batch"):  # it was asked for, and does not fit
+        co.train_step(run_of(batch_size=12, micro_batch=6), [*model.parameters()], [], limited, 3, 2)
+
+def test_steps_that_are_not_finite_are_skipped(tmp_path):
+    """A NaN or infinite loss leaves weights and optimizers as they were, and is counted; ten in a row end the run."""
+    for muon in (0.0, 0.02):
+        run, model = run_of(tmp_path, log_every=10), tiny()
+        optimizers, weights = co.make_optimizers(model, 1e-3, muon, 0.5), []
+        factors = [1.0, math.nan, math.inf, 1.0]
+
+        def loss_of(step, rows):
+            loss, right = co.coconut_step(run, model, 0, 4, "coconut", 4)
+            return loss * factors[step % len(factors)], right
+
+        for step in range(4):
+            told, _ = co.train_step(run, [*model.parameters()], optimizers, loss_of, step)
+            assert told[3] == (step in (1, 2))
+            weights.append([p.detach().clone() for p in model.parameters()])
+        same = [all(map(torch.equal, a, b)) for a, b in zip(weights, weights[1:])]
+        assert same == [True, True, False]
+        state = optimizers[0].state_dict()["state"].values()
+        assert all(one["step"] == 2 for one in state) and all(one["exp_avg"].isfinite().all() for one in state)
+        co.fit(run, "some", model, (20, 1e-3, muon, 0.5), loss_of)
+        logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-2:]
+        assert sum(line["skipped"] for line in logged) == 10 and all(math.isfinite(line["loss"]) for line in logged)
+        factors = [math.nan] * 10
+        with pytest.raises(co.UserError, match="10 steps in a row"):
+            co.fit(run, "other", model, (20, 1e-3, muon, 0.5), loss_of)
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["part"] == "some"
 
 # -----------------------------------------------------------------------------------------------------------
 # Evaluation
@@ -805,8 +922,7 @@ def test_logit_lens_counts_the_digits_of_the_step(monkeypatch):
 
 def test_faithfulness_counts_what_is_written(monkeypatch):
     """On a model and readers made by hand, a reader of the gold step is right on clean runs and wrong where patched."""
-    run, asked = run_of(labels="all"), []
-    pairs = pairs_of((347, 285), (111, 121))
+    run, pairs = run_of(labels="all"), pairs_of((347, 285), (111, 121))
     own = np.array([["2", "3", "6"], ["2", "3", "9"]])  # the second answer is wrong: 932
     after = np.array([["2", "3", "2"], ["2", "3", "2"]])  # the second is right by the patch
     slots = torch.arange(4)[None, :, None, None].expand(2, 4, 4, 96) + 10.0 * torch.arange(2)[:, None, None, None]
@@ -1050,7 +1166,7 @@ def test_other_lengths_and_several_thoughts_a_slot(tmp_path):
     args = ["--stage", "coconut", *MINI, "--thoughts-per-slot", 2, "--digits", "2-4", "--out", tmp_path]
     assert cli(*args).returncode == 0 and cli(*args, "--force").returncode == 0
     batch_at = co.oracle_batches(run_of(), tiny(), co.TRAIN, "oracle", 3000)
-    assert batch_at(0)[1].shape == (3000, 1, 96) and batch_at(1)[1].shape == (3000, 1, 96)
+    assert batch_at(0)[2].shape == (3000, 1, 96) and batch_at(1)[2].shape == (3000, 1, 96)
 
 def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
     """A run that dies in the middle of a stage, resumed, ends with the weights of one that never stopped."""
@@ -1071,13 +1187,151 @@ def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
     first.pop("config"), second.pop("config")  # --save-every differs
     assert first == second
 
+TORTURE = 50 if os.environ.get("COCORACLE_LONG") == "torture" else 3
+
+def test_killed_at_any_moment(mini, tmp_path):
+    """kill -9 at random moments (50 under `make torture`), then --resume: weights and results are those of one run."""
+    reference, _ = mini
+    out, rng, killed, began, whole = tmp_path / "run", random.Random(0), 0, [], []
+    command = [sys.executable, str(HERE / "cocoracle.py"), *map(str, MINI), "--save-every", "0.01", "--out", str(out)]
+    while killed < TORTURE or (out / "config.json").exists():
+        resume = ["--resume"] if (out / "config.json").exists() else []
+        start = time.time()
+        process = subprocess.Popen(command + resume, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   text=True)
+        try:
+            limit = rng.uniform(3, 3 + max([9, *whole])) if killed < TORTURE else 300
+            _, err = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+            began.append(sorted(path.name for path in out.glob("*")) if out.exists() else [])
+            continue
+        assert process.returncode == 0, err
+        whole.append(time.time() - start)
+        for part in ("base", "coconut", "oracle", "lora", "probes"):
+            assert (out / f"{part}.safetensors").read_bytes() == (reference / f"{part}.safetensors").read_bytes(), part
+        first, second = (numbers(json.loads((d / "results.json").read_text())) for d in (reference, out))
+        first.pop("config"), second.pop("config")  # --save-every differs
+        assert first == second and all(json.loads(line) for line in (out / "log.jsonl").read_text().splitlines())
+        assert not list(out.glob("*.tmp"))
+        shutil.rmtree(out)
+    print(f"{killed} kills, {len(whole)} whole runs; finished parts at the kills: "
+          f"{[len([name for name in names if name.endswith('.safetensors')]) for names in began]}")
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_runs_say_how_to_go_on(mini, tmp_path, number):
+    """Ctrl-C and SIGTERM write a checkpoint and end with a line that says how to go on; which then works."""
+    reference, _ = mini
+    script = ("import os, sys, cocoracle as co; real = co.train_step\n"
+              "def train_step(run, params, optimizers, loss_of, step, parts):\n"
+              f"    if step == 3: os.kill(os.getpid(), {int(number)})\n"
+              "    return real(run, params, optimizers, loss_of, step, parts)\n"
+              "co.train_step = train_step; sys.exit(co.command_line(sys.argv[1:]))")
+    args = [*map(str, MINI), "--stage", "coconut", "--out", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", script, *args], cwd=HERE, capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stderr.strip().count("\n") == 0 and "--resume" in done.stderr
+    last = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert (last["part"], last["step"]) == ("coconut 0", 4)
+    assert cli(*args, "--resume").returncode == 0
+    assert (tmp_path / "run/coconut.safetensors").read_bytes() == (reference / "coconut.safetensors").read_bytes()
+
+def test_full_disk(mini, tmp_path):
+    """On a full disk a run ends in one line, and what was there before is whole."""
+    reference, _ = mini
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run/oracle.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for args, room in ((["--resume"], 400_000), (["--stage", "oracle", "--train-oracle", "2"], 400_000),
+                       (["--stage", "export"], 1_000_000)):
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        done = subprocess.run([sys.executable, "cocoracle.py", *args, "--out", str(tmp_path / "run")], cwd=HERE,
+                              capture_output=True, text=True, check=False, preexec_fn=limit)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        now = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+        assert set(now) == set(before) and all(
+            now[name] == content for name, content in before.items() if name not in ("log.jsonl", "config.json")), args
+
+def test_out_that_vanishes(tmp_path, monkeypatch, capsys):
+    """A directory that is gone in the middle of a run ends it in one line."""
+    out, log = tmp_path / "run", co.log
+    monkeypatch.setattr(co, "log", lambda *args: shutil.rmtree(out) if args[2] == 4 else log(*args))
+    assert co.command_line([*map(str, MINI), "--stage", "coconut", "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "choose another --out" in err
+
+def changed(content, rng):
+    """Bytes with something wrong: a flip, a cut, a piece doubled, overwritten or left out."""
+    at, size = rng.randrange(len(content)), rng.choice((1, 4, 64))
+    return rng.choice((content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:], content[:at],
+                       content[:at] + content[at:at + size] * 2 + content[at + size:],
+                       content[:at] + rng.randbytes(size) + content[at + size:], content[:at] + content[at + size:]))
+
+def test_altered_checkpoints_load_equal_or_are_refused(tmp_path):
+    """Mutated last.pt and config.json (10,000 under `make torture`) are refused in one line, or read as they were."""
+    rng, count = random.Random(0), 5000 if TORTURE == 50 else 150
+    run, model = run_of(tmp_path, resume=True), torch.nn.Linear(3, 2)
+    optimizers, wanted = co.make_optimizers(model, 1e-3, 0.0, 0.0), [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 3)).sum().backward()
+    co.save_last(run, "coconut 0", 7, [*model.parameters()], optimizers)
+    good, refused = (tmp_path / "last.pt").read_bytes(), 0
+    for _ in range(count):
+        (tmp_path / "last.pt").write_bytes(changed(good, rng))
+        for p in model.parameters():
+            torch.nn.init.zeros_(p)
+        try:
+            found = co.load_last(run, "coconut 0", [*model.parameters()], optimizers)
+            assert found == ("coconut 0", 7) and all(map(torch.equal, model.parameters(), wanted))
+        except co.UserError as e:
+            assert "last.pt" in str(e) and "\n" not in str(e)
+            refused += 1
+    assert refused > count / 3
+    config = (json.dumps(co.knobs(CFG)) + "\n").encode()
+    for _ in range(count):
+        (tmp_path / "config.json").write_bytes(changed(config, rng))
+        try:
+            cfg = co.parse(["--stage", "eval", "--out", str(tmp_path)])
+            fields = co.dataclasses.fields(cfg)
+            assert all(f.default is None or type(getattr(cfg, f.name)) is type(f.default) for f in fields)
+        except co.UserError as e:
+            assert "config.json" in str(e) and "\n" not in str(e)
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    """last.pt of another run or version is refused, naming the field and both values; its code is not run."""
+    model = torch.nn.Linear(3, 2)
+    for changes, says in (({"seed": 4}, ("seed", "4", "0")), ({"digits": (2, 4)}, ("digits", "[2, 4]", "[2, 3]")),
+                          ({"model": "gpt2"}, ("model", "gpt2", "tiny")), ({"bottleneck": True}, ("true", "false"))):
+        co.save_last(run_of(tmp_path, **changes), "coconut 0", 7, [*model.parameters()], [])
+        with pytest.raises(co.UserError) as caught:
+            co.load_last(run_of(tmp_path, resume=True), "coconut 0", [*model.parameters()])
+        assert all(word in str(caught.value) for word in says)
+    co.save_last(run_of(tmp_path), "coconut 0", 7, [*model.parameters()], [])
+    again = run_of(tmp_path, resume=True, log_every=3)  # may change at any time
+    assert co.load_last(again, "coconut 0", [*model.parameters()]) == ("coconut 0", 7)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(last | {"run": last["run"] | {"format": "0"}}, tmp_path / "last.pt")
+    with pytest.raises(co.UserError, match="format 0, this one has 1"):
+        co.load_last(run_of(tmp_path, resume=True))
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save(last | {"params": Hostile()}, tmp_path / "last.pt")
+    with pytest.raises(co.UserError, match="no checkpoint"):
+        co.load_last(run_of(tmp_path, resume=True))
+    assert not (tmp_path / "ran").exists()
+
 def test_training_learns(tmp_path):
     """Text chain of thought is learnt in a hundred and fifty steps: teacher-forced answers go from none to most."""
     run = run_of(tmp_path, log_every=150)
     model = co.new_model(run)
 
-    def loss_of(step):
-        return co.coconut_step(run, model, step, 0, "coconut 0", 64)
+    def loss_of(step, rows):
+        return co.coconut_step(run, model, step, 0, "coconut 0", 64, rows=rows)
 
     co.fit(run, "coconut 0", model, (150, *CFG.train_text[1:3], 0.01), loss_of)
     batch = co.make_batch(TEXT, co.test_problems(run_of())[0], 3)
@@ -1085,10 +1339,61 @@ def test_training_learns(tmp_path):
         loss, right, _ = co.coconut_loss(model, batch, co.Thoughts(0))
     assert right.mean() > 0.8 and loss < 0.4
 
+def test_two_processes_train_what_one_does(tmp_path):
+    """Two gloo processes, half a batch each, end with the weights of one process to rounding; one of them prints."""
+    args = [*MINI, "--train-text", "6,1e-3,0", "--train-mixed", "3,1e-3,0", "--train-latent", "4,1e-3,0",
+            "--batch-size", "8", "--train-oracle", "4,1e-3,0", "--train-lora", "4,1e-3,0"]
+    one = cli(*args, "--out", tmp_path / "one")
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                          "29511", "cocoracle.py", *map(str, args), "--out", str(tmp_path / "two")],
+                         capture_output=True, text=True, cwd=HERE, check=False, timeout=300)
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert len(two.stdout.splitlines()) == len(one.stdout.splitlines())
+    for part in ("base", "coconut", "oracle", "lora", "probes"):
+        a, b = (gw.read_safetensors(tmp_path / f"{name}/{part}.safetensors") for name in ("one", "two"))
+        assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4, part
+
+def test_blocks_are_compiled_few_times():
+    """Lengths of prefix, thoughts, answers and operands do not make the compiler start anew each time."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run, model, graphs = run_of(digits=(2, 3, 4)), tiny(), []
+    for block in model.h:
+        block.compile(backend="eager")
+    batch_at = co.oracle_batches(run, model, co.TRAIN, "oracle", 8)
+    for step in range(12):
+        for k in (0, 2, 5):
+            co.coconut_step(run, model, step, k, "coconut", 8)[0].backward()
+        prompts, targets, vectors = batch_at(step)
+        co.oracle_loss(run, model, prompts, targets, vectors)[0].backward()
+        co.answer(TEXT, model, co.ponder(run.cfg, TEXT, model, co.test_problems(run)[step % 4][:5], 2)[0], 4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    print("graphs compiled after each round:", graphs)
+    assert 1 <= graphs[0] <= graphs[-1] <= 6 and graphs[3] == graphs[-1]
+    assert not torch._dynamo.utils.counters["recompile_limit"]
+
+def test_bench_measures_what_is_run(capsys):
+    """`--stage bench` writes nothing, counts FLOPs as 6 a weight and token, and prints a line of JSON."""
+    done = cli("--stage", "bench", "--batch-size", "4", "--out", "nowhere")
+    assert done.returncode == 0 and not Path(HERE / "nowhere").exists()
+    told = json.loads(done.stdout.splitlines()[-1])
+    steps = told["steps"]
+    one = "one example at a time, 16 added up"
+    assert set(steps) == {"text step", "all-thoughts step", one, "oracle step", "answers"}
+    weights = 3 * 12 * 96**2
+    for name in ("text step", "all-thoughts step"):
+        tokens = steps[name]["tokens_per_second"] * steps[name]["seconds"]
+        # more for the head and attention, less for what the last block need not do
+        assert 0.9 < steps[name]["flops"] / (6 * weights * tokens) < 1.2, name
+    assert steps["answers"]["flops"] < 3 * weights * steps["answers"]["tokens_per_second"] * steps["answers"]["seconds"]
+    speed = {name: step["examples_per_second"] for name, step in steps.items()}
+    assert told["batched_over_single"] == speed["all-thoughts step"] / speed[one]
+    assert all(0 < r["mfu"] < 1.2 and r["memory_bytes"] > 1e8 for r in steps.values())
+
 # -----------------------------------------------------------------------------------------------------------
 # Released weights, export, and the seed's checkpoints
 
-LONG = pytest.mark.skipif("COCORACLE_LONG" not in os.environ, reason="minutes long: make parity")
+LONG = pytest.mark.skipif(os.environ.get("COCORACLE_LONG") != "parity", reason="minutes long: make parity")
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
@@ -2232,3 +2537,82 @@ def test_missing_bpe_files(bpe, tmp_path):
         gw.read_bpe(bpe)
     with pytest.raises(WeightsError, match="No such file.*none/merges.txt"):
         gw.read_bpe(tmp_path / "none")
+
+# -----------------------------------------------------------------------------------------------------------
+# The tests of the tests: make mutants
+
+MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of which one must then fail
+    # text, splits, targets
+    ("np.minimum(a, b) * np.uint64", "a * np.uint64", "split"),
+    ("bucket < 85, 0", "bucket < 86, 0", "split"),
+    ("pairs = pairs[split_of(pairs[:, 0], pairs[:, 1]) == split]", "pass", "split or trained_and"),
+    ("(*body, IGNORE) if n_text", "(IGNORE, *body) if n_text", "batch_targets or loss_counts"),
+    ("pad([row[1:] for row in answers], IGNORE)", "pad([row[:-1] for row in answers], IGNORE)", "batch_targets"),
+    ("pad(prefix, text.eos, left=True)", "pad(prefix, text.eos)", "batch_targets or solving"),
+    ("[q for q in phrased if q != HELD_OUT[family]]", "phrased", "held_out"),
+    ("carry = out[-1][-1]", "carry = 0", "steps_agree"),
+    ('"carry_in": NO_YES[carry_in]', '"carry_in": NO_YES[carry_out]', "texts"),
+    # masks, positions, thoughts
+    (".tril(diagonal=S)", ".tril(diagonal=S + 1)", "query"),
+    ("(valid[:, None, :] | ", "(valid[:, None, :] & ", "padding"),
+    ("(pos + count.cumsum(1) - 1)", "(pos + count.cumsum(1))", "padding or cached"),
+    ("x + self.wpe.weight[pos:pos + T], pos + T", "x + self.wpe.weight[pos:pos + T], T", "cached"),
+    ("is_causal=mask is None and last > 1", "is_causal=mask is None", "cached or thoughts or logits"),
+    ("h, cache, reading = model(x, cache, read=read)",
+     "h, cache, reading = model(x.detach(), cache, read=read)", "gradient"),
+    ("h = torch.where(alive[:, None, None], new, h)", "h = new", "writing"),
+    ("valid=alive[:, None])", "valid=None)", "writing"),
+    ("cache.map(lambda x: x[:, :, -thoughts.count:])", "cache.map(lambda x: x)", "bottleneck_hides"),
+    ("else model.wte.weight[thoughts.pause].expand_as(h)", "else h", "pause"),
+    ("[:, None, :, None], other, own)", "[:, None, :, None], own, other)", "exchange"),
+    # injection, LoRA, oracles
+    ("size = self.scale * x.gather", "size = x.gather", "injection"),
+    ("return x.scatter_add(1, index,", "return x.scatter(1, index,", "injection"),
+    ("module.lora_b = nn.Parameter(torch.zeros(", "module.lora_b = nn.Parameter(torch.ones(", "lora"),
+    ("vectors.unbind(2)[:-1]", "vectors.unbind(2)[1:]", "whole_runs_are"),
+    ("cache.map(lambda x: x[of])", "cache.map(lambda x: x[of.flip(0)])", "plain_rows"),
+    ("valid=cache.valid[of], pos=cache.pos[of])", "valid=cache.valid[of], pos=cache.pos[of] * 0)", "plain_rows"),
+    ("target = put(ids[rows], vectors.device)", "target = put(np.roll(ids[rows], 1, 1), vectors.device)", "plain_rows"),
+    ("patched = torch.where(at[:, :, None, None], read.roll(1, 0), read)", "patched = read", "patched"),
+    ("slot[np.isin(asked, OF_PROBLEM)] = D", "pass", "batch_pairs"),
+    ("targets = [model_says(runs[of], *cell", "targets = [model_says(runs[0], *cell", "batch_pairs"),
+    ("float(r in view)", "float(r not in view)", "several"),
+    (".rsqrt()) @ axes.T", ".rsqrt())", "whitened"),
+    ("text.steps(a, b)[text_slots + i]", "text.steps(a, b)[i]", "explained"),
+    # controls, scores, causal tests
+    ('"none": torch.zeros_like', '"none": torch.clone', "controls"),
+    ('"shuffled": lambda v: v.roll((1, 1), (0, 1))', '"shuffled": lambda v: v.roll(1, 0)', "controls"),
+    ('"wrong_slot": lambda v: v.roll(1, 1)', '"wrong_slot": lambda v: v.roll(1, 0)', "controls"),
+    ("theirs = [think_about(other, model, r.pairs) for r in runs]", "theirs = runs", "controls"),
+    ('("", 0), ("_shuffled", 1)', '("", 0), ("_shuffled", 0)', "lens"),
+    ('s.partition("=")[0] == g.partition("=")[0]', "s == g", "step_scores"),
+    ("z * z / (4 * n * n)", "z * z / (4 * n)", "wilson"),
+    ("(patched, clean.wrote, *cases[2:])", "(patched, right, *cases[2:])", "faithful"),
+    ("(now == b)[:, c][(a != b)[:, c]]", "(now == a)[:, c][(a != b)[:, c]]", "causal_map"),
+    # training kit, checkpoints
+    ("return total / tokens", "return total / len(target)", "parts or loss"),
+    ("parts *= 2", "parts += 1", "parts"),
+    ("slice(run.rank + run.world * part, None, run.world * parts)", "slice(part, None, parts)", "parts"),
+    ("optimizer.found_inf = told[3]", "pass", "finite"),
+    ("if not skip:", "if True:", "finite"),
+    ("streak = (streak + 1) * told[3]", "streak = streak + told[3]", "finite"),
+    ('if last["run"].get(name) != value]', "if False]", "other_runs"),
+    ("p.copy_(old.view(p.shape))", "pass", "altered"),
+]
+
+@pytest.mark.skipif(os.environ.get("COCORACLE_LONG") != "mutants", reason="minutes long: make mutants")
+def test_mutants_are_killed(tmp_path):
+    """Each small mistake put into cocoracle.py makes a test fail; at least nine in ten."""
+    source, survivors = (HERE / "cocoracle.py").read_text(), []
+    for name in ("gpt2_weights.py", "test_cocoracle.py"):
+        shutil.copy(HERE / name, tmp_path)
+    for old, new, tests in MUTANTS:
+        assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+        (tmp_path / "cocoracle.py").write_text(source.replace(old, new))
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "test_cocoracle.py",
+                               "-k", tests], cwd=tmp_path, capture_output=True, text=True, check=False)
+        if done.returncode != 1:  # 1: a test failed; 5: there was none
+            survivors.append((old, done.stdout.strip().splitlines()[-1]))
+            print("survived:", old, "->", new, flush=True)
+    print(f"{len(MUTANTS) - len(survivors)} of {len(MUTANTS)} mutants killed")
+    assert len(survivors) <= len(MUTANTS) / 10, survivors
