@@ -10,7 +10,7 @@ which step it stands for. Baselines and controls stand beside every figure.
 
     python cocoracle.py                                   # tiny model, from scratch, CPU, minutes
     python cocoracle.py --bottleneck --labels all         # thoughts that matter, and an oracle that reads what they do
-    python cocoracle.py --stage eval --out runs/tiny      # measure a finished run again
+    python cocoracle.py --stage ask --out runs/tiny       # type 347+285 and watch it think
 
 Sections: 1 this text; 2 configuration; 3 arithmetic and text; 4 GPT-2; 5 thinking; 6 injection and LoRA; 7 training
 kit; 8 Coconut curriculum; 9 oracles; 10 probes; 11 evaluation; 12 stages and command line.
@@ -64,7 +64,7 @@ from gpt2_weights import WeightsError, read_bpe, read_pickle, read_safetensors, 
 
 # -----------------------------------------------------------------------------------------------------------
 # 2. Configuration
-STAGES = ("all", "coconut", "probes", "oracle", "lora", "eval", "bench", "export")
+STAGES = ("all", "coconut", "probes", "oracle", "lora", "eval", "ask", "bench", "export")
 SIZES = {"tiny": (3, 3, 96), **gpt2_weights.SIZES}  # name: (layers, heads, width)
 
 def opt(default, help, **more):
@@ -159,6 +159,7 @@ class Config:
     train_probes: tuple = recipe((1600, 3e-3, 0.0, 0.01), "each probe, on batches of 512 readings")
     eval_problems: int = opt(1000, "held-out problems in an evaluation, split evenly over --digits", type=COUNT)
     prior: str = opt("", "directory of another run, whose readings the oracle is asked about as a control")
+    json: bool = opt(False, "--stage ask answers with a JSON object a line")
     log_every: int = opt(100, "training steps between log lines", type=COUNT)
     save_every: float = opt(60.0, "seconds between checkpoints", type=AT_LEAST_0)
 
@@ -217,7 +218,7 @@ SEED = {"model": "gpt2-large", "digits": (2, 3, 4), "whiten": False}
 OWN = {"probes": ("probe_problems", "train_probes"), "oracle": ("train_oracle", "rehearsal", "labels", "families"),
        "lora": ("train_lora", "lora_rank")}
 ANYTIME = ("eval_problems", "prior", "log_every", "save_every", "weights", "micro_batch")
-SESSION = ("stage", "out", "resume", "force", "device", "dtype", "compile")  # not a property of the run
+SESSION = ("stage", "out", "resume", "force", "device", "dtype", "compile", "json")  # not a property of the run
 
 def knobs(cfg):
     """The properties of a run: what config.json holds."""
@@ -883,7 +884,7 @@ def train_step(run, params, optimizers, loss_of, step, parts=1):
                 told[2] += len(right)
             break
         except torch.OutOfMemoryError:
-            if run.cfg.micro_batch or parts * run.world >= run.cfg.batch_size:
+            if run.cfg.micro_batch or 2 * parts * run.world > run.cfg.batch_size:
                 raise UserError("out of memory: lower --micro-batch, or choose a smaller --model") from None
         parts *= 2
         for p in params:
@@ -898,6 +899,11 @@ def train_step(run, params, optimizers, loss_of, step, parts=1):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return told, parts
+
+def parts_of(run):
+    """The number of parts that a process takes its share of a batch in, before memory runs out; none is empty."""
+    share = run.cfg.batch_size // run.world
+    return min(share, math.ceil(share / (run.cfg.micro_batch or share)))
 
 def add_up(tensors):
     """Replace each tensor by its sum over all processes, which talk but once."""
@@ -917,7 +923,7 @@ def fit(run, part, model, recipe, loss_of):
     params = [p for p in model.parameters() if p.requires_grad]
     _, first = load_last(run, part, params, optimizers)
     logged, due = begin, begin + cfg.save_every
-    parts = math.ceil(cfg.batch_size / run.world / (cfg.micro_batch or cfg.batch_size))
+    parts = parts_of(run)
     sums, streak, worst, count = torch.zeros(4, device=cfg.device), 0, torch.zeros((), device=cfg.device), 0
     with held_signals() as signals:
         for step in range(first, steps):
@@ -1594,6 +1600,98 @@ def report(results):
 
 # -----------------------------------------------------------------------------------------------------------
 # 12. Stages and command line
+HELP = """347+285         a sum: its answer and its thoughts; last, the answer with another problem's thought in place
+random          the same of a held-out problem
+? 2 QUESTION    ask the oracle about the thought of slot 2, in your own words
+swap 1 58+67    give the last sum the thought that 58+67 has in slot 1"""
+
+def lines_of(prompt):
+    """What is typed, with history, until Ctrl-D; Ctrl-C drops a line. Or the lines of a file."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  gives input() a history
+    print(HELP)
+    while True:
+        try:
+            yield input(prompt)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return print()
+
+def watch(run):
+    """--stage ask: problems and questions, a line each, see HELP."""
+    cfg, text = run.cfg, run.text
+    coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
+    white, rng, last = whitener(run, coconut, cfg.whiten), np.random.default_rng(), None
+    probe = load_probes(run, whitener(run, coconut), *[*cfg.views.items()][-1])["mlp"]
+    def think_of(a, b, other=None):
+        """-> caches of a + b and of another problem, and the readings of a + b (slots, L+1, C)."""
+        if len(a) != len(b) or len(a) not in cfg.digits or "0" in (a[0], b[0]):
+            raise UserError(f"{a}+{b}: this model adds two numbers of {' or '.join(map(str, cfg.digits))} digits")
+        pairs = np.array([(a, b), other or draw(rng, TEST, len(a), 1)[0]], dtype=np.int64)
+        cache, read = ponder(cfg, text, coconut, pairs, cfg.last, read=range(len(coconut.h) + 1))
+        return cache, read[0, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot].float()
+    def with_another(cache, slots, slot):
+        at = (torch.arange(slots * cfg.thoughts_per_slot) // cfg.thoughts_per_slot == slot)[None].to(cfg.device)
+        return answer(text, coconut, exchange(cache, cache.map(lambda x: x.roll(1, 0)), at), slots - 1)[0]
+    def respond(line):
+        nonlocal last
+        problem, question = (re.fullmatch(form, line) for form in (
+            r"(?:swap +(\d+) +)?(\d+) *\+ *(\d+)", r"\? *(\d+) +(.+)"))
+        swap, a, b = problem.groups() if problem else [None] * 3
+        if line == "random":
+            a, b = map(str, draw(rng, TEST, int(rng.choice(cfg.digits)), 1)[0])
+        if (swap or question) and (not last or int(swap or question[1]) >= len(last[2])):
+            raise UserError(f"{line}: there is no such slot: type a sum first" if last else f"{line}: type a sum first")
+        if question:
+            slot = int(question[1])
+            said = ask(run, oracle, white(last[2][slot])[None], question[2])[0]
+            return {"slot": slot, "question": question[2], "oracle": said}
+        if swap:
+            if len({len(a), len(b), len(last[0])}) > 1:
+                raise UserError(f"{line}: {a}+{b} is not of the length of {'+'.join(last[:2])}")
+            cache, readings = think_of(*last[:2], (a, b))
+            return {"slot": int(swap), "of": f"{a}+{b}", "in": "+".join(last[:2]),
+                    "before": answer(text, coconut, cache, len(a))[0],
+                    "after": with_another(cache, len(readings), int(swap))}
+        if not a:
+            raise UserError(f"{line}: type a sum as 347+285, or random, ? 2 QUESTION, swap 1 58+67")
+        cache, readings = think_of(a, b)
+        last, said = (a, b, readings), answer(text, coconut, cache, len(a))[0]
+        top = coconut.logits(coconut.ln_f(readings[:, cfg.layers[-1]])).topk(5).indices.tolist()
+        probed = [dict(zip(PROBED, found)) for found in probe(readings[:-1]).tolist()] + [None]  # not of the final slot
+        told = zip(steps_of(int(a), int(b)), ask(run, oracle, white(readings), HELD_OUT["step"]), probed, top)
+        return {"problem": f"{a}+{b}", "answer": said, "right": said == str(int(a) + int(b)), "thoughts": [
+            {"step": step, "oracle": read, "probe": found, "lens": [text.show([i]) for i in tokens],
+             "with_another": with_another(cache, len(readings), slot)}
+            for slot, (step, read, found, tokens) in enumerate(told)]}
+    errors = 0
+    for line in filter(None, map(str.strip, lines_of("> "))):
+        try:
+            with torch.no_grad(), amp(cfg):
+                found = respond(line)
+            print(json.dumps(found) if cfg.json else in_words(found), flush=True)
+        except UserError as e:
+            errors += 1
+            print(f"error: {e}", file=sys.stderr)
+    if errors and not sys.stdin.isatty():
+        raise UserError(f"{errors} of the lines were not understood: see above")
+
+def in_words(found):
+    """What watch() found, for a terminal of 80 columns; what differs from the step is marked."""
+    if "thoughts" not in found:
+        return ", ".join(f"{name}: {value}" for name, value in found.items())
+    red, plain = ("\033[31m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    rows = [f"{found['problem']} = {found['answer']}, {'right' if found['right'] else red + 'wrong' + plain}",
+            f"{'slot':<5}{'step':<26}{'the oracle reads':<25}{'probe':<7}{'lens':<8}other's"]
+    for slot, t in enumerate(found["thoughts"]):
+        wrong, probe = t["oracle"] != t["step"], "{a}+{b}+{carry}".format(**t["probe"]) if t["probe"] else ""
+        rows.append(f"{slot:<5}{t['step']:<25}{red * wrong}{' !'[wrong]}{t['oracle'][:24]:<25}{plain * wrong}"
+                    f"{probe:<7}{' '.join(map(str.strip, t['lens'][:3]))[:7]:<8}{t['with_another']}")
+    return "\n".join(rows)
+
 def seconds_of(device, call):
     """Median seconds of a warm call, of up to ten in 20 s, and how much longer the first one took: compiling."""
     times = []
@@ -1644,10 +1742,12 @@ def bench(run):
             nonlocal parts
             _, parts = train_step(run, params, optimizers, loss_of, next(steps), parts)
         def gradients():
-            with amp(cfg):
-                sum(loss_of(0, slice(part, None, parts))[0] for part in range(parts)).backward()
+            for part in range(parts):
+                with amp(cfg):
+                    loss = loss_of(0, slice(part, None, parts))[0]
+                loss.backward()
         return update, gradients
-    parts = math.ceil(B / run.world / (cfg.micro_batch or B))
+    parts = parts_of(run)
     for name, size, (call, counted) in (
             ("text step", B, training(coconut(0), cfg.train_text, parts)),
             ("all-thoughts step", B, training(coconut(last), cfg.train_latent, parts)),
@@ -1697,6 +1797,7 @@ def export(run):
 PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracle,
          "lora": partial(train_oracle, name="lora"), "eval": evaluate}
 NEEDS = {"probes": ("coconut",), "oracle": ("coconut",), "lora": ("coconut", "base"), "export": ("coconut",),
+         "ask": ("coconut", "probes", "oracle"),
          "eval": ("coconut", "base", "probes", "oracle", "lora")}
 
 def check(cfg, parts, world=1):
@@ -1747,7 +1848,7 @@ def open_run(cfg, parts, rank, world):
     out = Path(cfg.out)
     text = Text(read_bpe(released(cfg, gpt2_weights.BPE_FILES)) if cfg.pretrained else None, cfg.protocol == "seed")
     run = Run(cfg, text, out, rank, world)
-    if rank or cfg.stage == "bench":
+    if rank or cfg.stage in ("ask", "bench"):
         return run
     if "coconut" in parts and cfg.pretrained:
         released_weights(cfg, text)  # refuses a wrong file before anything is written
@@ -1787,11 +1888,11 @@ def main(argv=None):
     run = open_run(cfg, parts, rank, world)
     torch.set_float32_matmul_precision("high")
     size = sum(map(math.prod, shapes_of(cfg, run.text).values()))
-    if not rank:
+    if not rank and not cfg.json:
         print(f"cocoracle {cfg.stage} | {cfg.model}, {size:,} parameters | {environment(cfg)['device']}, {cfg.dtype} | "
               f"digits {', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}")
-    if cfg.stage in ("bench", "export"):
-        return {"bench": bench, "export": export}[cfg.stage](run)
+    if cfg.stage in ("ask", "bench", "export"):
+        return {"ask": watch, "bench": bench, "export": export}[cfg.stage](run)
     for part in parts:
         if world > 1:
             torch.distributed.barrier()  # until the first has written what the others read

@@ -1187,6 +1187,45 @@ def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
     first.pop("config"), second.pop("config")  # --save-every differs
     assert first == second
 
+def test_watching_it_think(mini, monkeypatch):
+    """`--stage ask` on a pipe: answers, readings and exchanges are those of the functions behind them; bad lines are
+    told on stderr, and the run's files stay as they are."""
+    out, _ = mini
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    lines = ["347 + 285", "swap 1 158+667", "? 2 Is there a carry out of this column?", "random", "", "swap 9 11+22",
+             "hello", "99+1", "1234+5678"]
+    done = subprocess.run([sys.executable, "cocoracle.py", "--stage", "ask", "--json", "--out", str(out)], cwd=HERE,
+                          capture_output=True, text=True, check=False, input="\n".join(lines))
+    told, wrong = [json.loads(line) for line in done.stdout.splitlines()], done.stderr.splitlines()
+    assert done.returncode == 2 and len(told) == 4 and len(wrong) == 5 and all(w.startswith("error: ") for w in wrong)
+    first, swapped, asked, drawn = told
+    cfg = replace(co.parse(["--stage", "eval", "--out", str(out)]), device="cpu", dtype="float32", compile=False)
+    run = co.Run(cfg, TEXT, out)
+    coconut, oracle = co.load_model(run, "coconut"), co.load_model(run, "oracle")
+    pairs = pairs_of((347, 285), (158, 667))
+    cache, _ = co.ponder(cfg, TEXT, coconut, pairs, cfg.last)
+    answers = co.answer(TEXT, coconut, cache, 3)
+    white, readings = co.whitener(run, coconut), co.think_about(run, coconut, pairs).readings
+    assert first["problem"] == "347+285" and first["answer"] == answers[0] == swapped["before"]
+    assert first["right"] == (answers[0] == "632") and [t["step"] for t in first["thoughts"]] == co.steps_of(347, 285)
+    assert [t["oracle"] for t in first["thoughts"]] == co.ask(run, oracle, white(readings[0]), co.HELD_OUT["step"])
+    donor = cache.map(lambda x: x.roll(1, 0))
+    patched = co.exchange(cache, donor, torch.tensor([[False, True, False, False]]))
+    assert swapped["after"] == co.answer(TEXT, coconut, patched, 3)[0]
+    assert asked["oracle"] == co.ask(run, oracle, white(readings[0, 2])[None], "Is there a carry out of this column?")[0]
+    a, b = map(int, drawn["problem"].split("+"))
+    assert co.split_of(a, b) == co.TEST and drawn["right"] == (drawn["answer"] == str(a + b))
+    assert first["thoughts"][3]["probe"] is None and set(first["thoughts"][0]["probe"]) == set(co.PROBED)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    words = co.in_words(first | {"right": False})
+    assert "\033" not in words and "wrong" in words and max(map(len, words.splitlines())) <= 80
+    assert words.count(" !") == sum(t["oracle"] != t["step"] for t in first["thoughts"])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\033" in co.in_words(first | {"right": False})
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\033" not in co.in_words(first | {"right": False})
+
 TORTURE = 50 if os.environ.get("COCORACLE_LONG") == "torture" else 3
 
 def test_killed_at_any_moment(mini, tmp_path):
@@ -1372,7 +1411,20 @@ def test_blocks_are_compiled_few_times():
     assert 1 <= graphs[0] <= graphs[-1] <= 6 and graphs[3] == graphs[-1]
     assert not torch._dynamo.utils.counters["recompile_limit"]
 
-def test_bench_measures_what_is_run(capsys):
+@pytest.mark.skipif(" " in sys.prefix, reason="inductor's linker call does not quote its paths")
+def test_the_gpu_script_compares_what_it_says(capsys):
+    """`make gpu` finds compiled bfloat16 steps equal to eager float32 ones, here on the CPU, and a wrong one wrong."""
+    spec = importlib.util.spec_from_file_location("gpu", HERE / ".ci/gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    gpu.correctness("cpu", "tiny")
+    assert capsys.readouterr().out.count("gradient off by 0.") == 6
+    right = {"text": (2.0, torch.ones(3))}
+    for wrong in ({"text": (2.1, torch.ones(3))}, {"text": (2.0, torch.tensor([1.0, 1.0, 1.3]))}):
+        with pytest.raises(AssertionError):
+            gpu.compare("", wrong, right, 2e-2)
+
+def test_bench_measures_what_is_run():
     """`--stage bench` writes nothing, counts FLOPs as 6 a weight and token, and prints a line of JSON."""
     done = cli("--stage", "bench", "--batch-size", "4", "--out", "nowhere")
     assert done.returncode == 0 and not Path(HERE / "nowhere").exists()

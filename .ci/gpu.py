@@ -41,14 +41,14 @@ def compare(title, found, wanted, tolerance):
         print(f"{title}, {name} step: loss {loss:.5f} against {other:.5f}, gradient off by {far:.2%}", flush=True)
         assert abs(loss - other) < tolerance * other and far < 4 * tolerance, "not the same"
 
-def correctness():
-    """CUDA against the CPU on tiny, then compiled bfloat16 against eager float32 on gpt2."""
+def correctness(device="cuda", model="gpt2"):
+    """The GPU against the CPU on tiny, then compiled bfloat16 against eager float32 on a model, on the GPU."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    text = co.Text()
+    text, eager = co.Text(), {"device": device, "model": model}
     for name, plain, fast, tolerance in (
-            ("tiny, CUDA against CPU", {"device": "cpu"}, {"device": "cuda"}, 1e-3),
-            ("gpt2, compiled bfloat16 against eager float32", {"device": "cuda", "model": "gpt2"},
-             {"device": "cuda", "model": "gpt2", "dtype": "bfloat16", "compile": True}, 2e-2)):
+            (f"tiny, {device} against cpu", {"device": "cpu"}, {"device": device}, 1e-3),
+            (f"{model}, compiled bfloat16 against eager float32", eager,
+             {**eager, "dtype": "bfloat16", "compile": True}, 2e-2)):
         cfg = replace(co.Config(dtype="float32", compile=False), init="scratch", **plain)
         model = co.new_model(co.Run(cfg, text, Path(".")))
         wanted = losses(model, cfg, text)
