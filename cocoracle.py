@@ -247,7 +247,7 @@ def parse(argv):
     saved = {}
     if seed:
         base = dict(SEED)
-    elif stage in ("all", "coconut") and not given.get("resume"):
+    elif stage in ("all", "coconut", "bench") and not given.get("resume"):
         base = dict(LARGE) if given.get("model", "tiny") != "tiny" else {}
     else:  # through the parser: the file may be damaged
         try:
@@ -817,7 +817,9 @@ def save_last(run, part, step, params, optimizers):
         torch.save({"run": identity(run.cfg), "part": part, "step": step, "params": [p.detach() for p in params],
                     "optimizers": [o.state_dict() for o in optimizers]}, temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch says RuntimeError of a full disk
+    except (OSError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # so it says of a full disk
+            raise
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({e}): the one before is whole; make room, then --resume") from None
 
@@ -835,7 +837,7 @@ def load_last(run, part=None, params=(), optimizers=()):
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError("altered")
-        last = torch.load(path, map_location=run.cfg.device, weights_only=True)
+        last = torch.load(path, map_location="cpu", weights_only=True)
         other = [(name, last["run"].get(name), value) for name, value in identity(run.cfg).items()
                  if last["run"].get(name) != value]
         if last["part"] == part and not other:
@@ -886,7 +888,7 @@ def train_step(run, params, optimizers, loss_of, step, parts=1):
         except torch.OutOfMemoryError:
             if run.cfg.micro_batch or 2 * parts * run.world > run.cfg.batch_size:
                 raise UserError("out of memory: lower --micro-batch, or choose a smaller --model") from None
-        parts *= 2
+        parts, loss, right = 2 * parts, None, None  # the failed graph goes, too
         for p in params:
             p.grad = None
     if run.world > 1:
@@ -902,8 +904,8 @@ def train_step(run, params, optimizers, loss_of, step, parts=1):
 
 def parts_of(run):
     """The number of parts that a process takes its share of a batch in, before memory runs out; none is empty."""
-    share = run.cfg.batch_size // run.world
-    return min(share, math.ceil(share / (run.cfg.micro_batch or share)))
+    size, world = run.cfg.batch_size, run.world
+    return min(size // world, math.ceil(math.ceil(size / world) / (run.cfg.micro_batch or size)))
 
 def add_up(tensors):
     """Replace each tensor by its sum over all processes, which talk but once."""
@@ -938,7 +940,7 @@ def fit(run, part, model, recipe, loss_of):
             if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
                 if worst >= 10:
                     raise UserError(f"{part}: 10 steps in a row had no finite gradient: train again with a lower rate, "
-                                    f"or with --dtype float32; the last good state is in {run.out / 'last.pt'}")
+                                    "or with --dtype float32 (last.pt, if there, is from before)")
                 log(run, part, step + 1, steps, sums, count, now - logged,
                     (now - begin) / (step + 1 - first) * (steps - step - 1))
                 logged, count = time.time(), 0
@@ -946,7 +948,7 @@ def fit(run, part, model, recipe, loss_of):
             if run.rank == 0 and (signals or now > due or step + 1 == steps):
                 save_last(run, part, step + 1, params, optimizers)
                 due = time.time() + max(cfg.save_every, 50 * (time.time() - now))  # at most 2% of the time
-            if signals:
+            if signals and not run.rank:  # torchrun ends the others
                 raise KeyboardInterrupt
 
 @contextmanager
@@ -1097,8 +1099,10 @@ def whitener(run, model, whiten=True):
     statistics are a function of the model and of training readings alone.
     """
     cfg, layers = run.cfg, list(run.cfg.layers)
+    def taken(readings):
+        return readings.index_select(-2, put(layers, readings.device))
     if not whiten:
-        return lambda readings: readings[..., layers, :]
+        return taken
     train = chunks(draw(rng_of(cfg.seed, "whiten", d), TRAIN, d, 1000) for d in cfg.digits)
     x = torch.cat([think_about(run, model, pairs).readings[:, :, layers].flatten(0, 1) for pairs in train]).double()
     zca = []
@@ -1107,7 +1111,7 @@ def whitener(run, model, whiten=True):
         zca.append(axes @ torch.diag((variance.clamp_min(0) + 1e-6 * variance.max()).rsqrt()) @ axes.T)
     mean, zca = x.mean(0), torch.stack(zca)
     # float64: autocast leaves it alone
-    return lambda readings: torch.einsum("...rc,rcd->...rd", readings[..., layers, :].double() - mean, zca).float()
+    return lambda readings: torch.einsum("...rc,rcd->...rd", taken(readings).double() - mean, zca).float()
 
 def prompt(cfg, question, layers, slots=1):
     """The question, then an <act> token for each layer read of one thought, or one for each thought of a run. (The
@@ -1147,13 +1151,13 @@ def oracle_loss(run, model, prompts, targets, vectors, rows=ALL):
     injection() takes them. Built from token ids, never from the length of strings."""
     ids = pad([(*run.text.ids(t), run.text.eos) for t in targets], IGNORE)
     target = put(ids[rows], vectors.device)
-    said = target[:, :-1].where(target[:, :-1] != IGNORE, run.text.eos)
+    said = target[:, :-1].masked_fill(target[:, :-1] == IGNORE, run.text.eos)
     logits = model.logits(consult(run, model, prompts[rows], vectors, said, target.shape[1])[0])
     return token_loss(logits, target, int((ids != IGNORE).sum())), all_right(logits, target)
 
 def show(vectors, view):
     """Readings (..., R, C) with zeros, which inject nothing, for the layers that are not in view."""
-    return vectors * torch.tensor([float(r in view) for r in range(vectors.shape[-2])], device=vectors.device)[:, None]
+    return vectors * put(np.array([[r in view] for r in range(vectors.shape[-2])], dtype=np.float32), vectors.device)
 
 def oracle_batches(run, coconut, split, purpose, size):
     """-> batch_at(step): rows and readings of fresh problems of one length, for both oracles in the same order.
@@ -1172,6 +1176,7 @@ def oracle_batches(run, coconut, split, purpose, size):
         rng = rng_of(cfg.seed, purpose, "pool", refill)
         patch = rng if cfg.labels != "gold" else None
         return [think_about(run, coconut, draw(rng, split, d, 512), patch) for d in cfg.digits]
+    @lru_cache(maxsize=1)  # for all parts of a batch
     def batch_at(step):
         rng = rng_of(cfg.seed, purpose, step)
         length = rng.choice(len(lengths), p=lengths / lengths.sum())
@@ -1187,7 +1192,8 @@ def oracle_batches(run, coconut, split, purpose, size):
             asked, layers = str(rng.choice(TRAINED[family])), range(len(coconut.h))
             prompts = [prompt(cfg, asked.replace("#", str(column)), layers, D + 1) for column in cells[:, 1]]
             targets = [model_says(runs[of], *cell, family) for of, cell in zip(which, cells)]
-            vectors = torch.stack([r.readings for r in runs])[put(which, cfg.device), put(cells[:, 0], cfg.device)]
+            of_clean, of_patched = (r.readings[put(cells[:, 0], cfg.device)] for r in runs)
+            vectors = of_patched.where(put(which == 1, cfg.device)[:, None, None, None], of_clean)
         else:
             clean = runs if cfg.labels == "gold" else runs[0]
             index, asked = rng.integers(512, size=size), rng.choice(families, size=size, p=shares)
@@ -1292,7 +1298,8 @@ def train_probes(run):
         probe = new_probe(run, view, hidden)
         def loss_of(step, rows):
             i = put(rng_of(cfg.seed, "probe", step).integers(len(x), size=512)[rows], cfg.device)
-            parts = probe(x[i][:, view].flatten(1))[:, None].split(list(PROBED.values()), 2)
+            shown = x[i].index_select(1, put(view, cfg.device)).flatten(1)
+            parts = probe(shown)[:, None].split(list(PROBED.values()), 2)
             loss = sum(token_loss(part, y[i, n:n + 1], 512) for n, part in enumerate(parts))
             return loss, all_right(parts[-1], y[i, -1:])
         fit(run, f"{kind} {name}", probe, cfg.train_probes, loss_of)
@@ -1608,6 +1615,7 @@ swap 1 58+67    give the last sum the thought that 58+67 has in slot 1"""
 def lines_of(prompt):
     """What is typed, with history, until Ctrl-D; Ctrl-C drops a line. Or the lines of a file."""
     if not sys.stdin.isatty():
+        sys.stdin.reconfigure(errors="replace")
         yield from sys.stdin
         return
     import readline  # noqa: F401  gives input() a history
@@ -1628,8 +1636,10 @@ def watch(run):
     probe = load_probes(run, whitener(run, coconut), *[*cfg.views.items()][-1])["mlp"]
     def think_of(a, b, other=None):
         """-> caches of a + b and of another problem, and the readings of a + b (slots, L+1, C)."""
-        if len(a) != len(b) or len(a) not in cfg.digits or "0" in (a[0], b[0]):
-            raise UserError(f"{a}+{b}: this model adds two numbers of {' or '.join(map(str, cfg.digits))} digits")
+        for a, b in filter(None, (other, (a, b))):
+            if len(a) != len(b) or len(a) not in cfg.digits or "0" in (a[0], b[0]):
+                lengths = " or ".join(map(str, cfg.digits))
+                raise UserError(f"{a[:20]}+{b[:20]}: this model adds two numbers of {lengths} digits")
         pairs = np.array([(a, b), other or draw(rng, TEST, len(a), 1)[0]], dtype=np.int64)
         cache, read = ponder(cfg, text, coconut, pairs, cfg.last, read=range(len(coconut.h) + 1))
         return cache, read[0, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot].float()
@@ -1638,15 +1648,17 @@ def watch(run):
         return answer(text, coconut, exchange(cache, cache.map(lambda x: x.roll(1, 0)), at), slots - 1)[0]
     def respond(line):
         nonlocal last
-        problem, question = (re.fullmatch(form, line) for form in (
-            r"(?:swap +(\d+) +)?(\d+) *\+ *(\d+)", r"\? *(\d+) +(.+)"))
+        problem, question = (re.fullmatch(form, line, re.ASCII) for form in (
+            r"(?:swap +(\d{1,9}) +)?(\d+) *\+ *(\d+)", r"\? *(\d{1,9}) +(.+)"))
         swap, a, b = problem.groups() if problem else [None] * 3
         if line == "random":
             a, b = map(str, draw(rng, TEST, int(rng.choice(cfg.digits)), 1)[0])
         if (swap or question) and (not last or int(swap or question[1]) >= len(last[2])):
-            raise UserError(f"{line}: there is no such slot: type a sum first" if last else f"{line}: type a sum first")
+            raise UserError(f"{line[:40]}: there is no such slot" if last else f"{line[:40]}: type a sum first")
         if question:
             slot = int(question[1])
+            if len(question[2]) > 100 or any(name in question[2] for name in SPECIAL):
+                raise UserError(f"{question[2][:40]}...: ask in at most 100 characters, without special tokens")
             said = ask(run, oracle, white(last[2][slot])[None], question[2])[0]
             return {"slot": slot, "question": question[2], "oracle": said}
         if swap:
@@ -1657,7 +1669,7 @@ def watch(run):
                     "before": answer(text, coconut, cache, len(a))[0],
                     "after": with_another(cache, len(readings), int(swap))}
         if not a:
-            raise UserError(f"{line}: type a sum as 347+285, or random, ? 2 QUESTION, swap 1 58+67")
+            raise UserError(f"{line[:40]}: type a sum as 347+285, or random, ? 2 QUESTION, swap 1 58+67")
         cache, readings = think_of(a, b)
         last, said = (a, b, readings), answer(text, coconut, cache, len(a))[0]
         top = coconut.logits(coconut.ln_f(readings[:, cfg.layers[-1]])).topk(5).indices.tolist()
@@ -1673,6 +1685,9 @@ def watch(run):
             with torch.no_grad(), amp(cfg):
                 found = respond(line)
             print(json.dumps(found) if cfg.json else in_words(found), flush=True)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
         except UserError as e:
             errors += 1
             print(f"error: {e}", file=sys.stderr)
@@ -1759,14 +1774,12 @@ def bench(run):
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process so far
         flops, tokens = work_of(model, counted)
         results[name] = {"examples_per_second": size / seconds, "tokens_per_second": tokens / seconds,
-                         "seconds": seconds, "flops": flops, "mfu": flops / seconds / peak / run.world,
+                         "seconds": seconds, "flops": flops, "mfu": flops / seconds / peak,
                          "memory_bytes": torch.cuda.max_memory_allocated() if cfg.device == "cuda" else used,
                          "compile_seconds": compiling if cfg.compile else None}
-    if run.rank:
-        return
     batched, single = (results[name]["examples_per_second"] for name in [*results][1:3])
     told = {name: getattr(cfg, name) for name in ("model", "device", "dtype", "compile", "batch_size", "micro_batch")}
-    told |= {"processes": run.world, "digits": digits, "thoughts": (digits + 1) * cfg.thoughts_per_slot,
+    told |= {"digits": digits, "thoughts": (digits + 1) * cfg.thoughts_per_slot,
              "env": environment(cfg), "peak_flops_per_second": peak, "batched_over_single": batched / single}
     names = ("examples/s", "tokens/s", "seconds", "MFU", "GB", "compile s")
     print_table(f"matrix product {peak / 1e12:.3g} TFLOP/s", names, {
@@ -1828,6 +1841,8 @@ def check(cfg, parts, world=1):
     refuse(4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,  # 13: longest step and <sep>
            f"{cfg.positions} positions do not hold {max(cfg.digits)} digits with {cfg.thoughts_per_slot} thoughts a "
            "slot: lower --digits or --thoughts-per-slot")
+    refuse(world > 1 and cfg.stage in ("ask", "bench", "export"),
+           f"--stage {cfg.stage} runs in one process: leave torchrun out")
     refuse(cfg.batch_size < world, f"--batch-size {cfg.batch_size} is too small for {world} processes: raise it")
     refuse(cfg.resume and cfg.force, "--resume keeps finished parts and --force trains them again: choose one")
     refuse(cfg.resume and not (out / "config.json").exists(),
@@ -1871,6 +1886,8 @@ def processes(device):
     rank, local, world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1:
         if device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise UserError(f"there are {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
             torch.cuda.set_device(local)
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
     return rank, world
@@ -1885,7 +1902,11 @@ def main(argv=None):
     rank, world = processes(device)
     if not rank:
         check(cfg, parts, world)
+    if rank:
+        torch.distributed.barrier()  # until the first has fetched and written what the others read
     run = open_run(cfg, parts, rank, world)
+    if world > 1 and not rank:
+        torch.distributed.barrier()
     torch.set_float32_matmul_precision("high")
     size = sum(map(math.prod, shapes_of(cfg, run.text).values()))
     if not rank and not cfg.json:
@@ -1912,6 +1933,9 @@ def command_line(argv=None):
     except (UserError, WeightsError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as e:
         print(f"error: {e.filename or 'a file'} cannot be read or written ({e.strerror}): what was there before is "
               "whole; make room, or choose another --out", file=sys.stderr)

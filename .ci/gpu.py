@@ -70,16 +70,23 @@ def call(out, end, *args):
             process.wait(end - 20 - time.time())
         except subprocess.TimeoutExpired:
             process.terminate()  # it writes a checkpoint first
-            process.wait()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     print(f"{' '.join(args)}: {'done' if process.returncode == 0 else f'ended with {process.returncode}'}", flush=True)
     return process.returncode == 0
 
 def main(folder, seconds):
     folder, end = Path(folder).absolute(), time.time() + float(seconds)
-    if not (folder / "bench-gpt2-large.txt").exists():
-        correctness()
-        for model in ("gpt2", "gpt2-large"):
-            call(folder / f"bench-{model}", end, "--stage", "bench", "--model", model, "--init", "scratch")
+    folder.mkdir(parents=True, exist_ok=True)
+    for model in ("gpt2", "gpt2-large"):
+        done = folder / f"bench-{model}.done"
+        if not done.exists():
+            correctness(model=model)
+            if call(folder / f"bench-{model}", end, "--stage", "bench", "--model", model, "--init", "scratch"):
+                done.touch()
     for model in ("gpt2", "gpt2-large"):
         out = folder / model
         if json.loads((out / "results.json").read_text()).get("seconds", {}).get("eval") if (
