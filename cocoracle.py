@@ -818,7 +818,7 @@ def save_last(run, part, step, params, optimizers):
                     "optimizers": [o.state_dict() for o in optimizers]}, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "PytorchStreamWriter" not in str(e):  # so it says of a full disk
+        if not isinstance(e, OSError) and type(e) is not RuntimeError:  # the device's errors are of other types
             raise
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({e}): the one before is whole; make room, then --resume") from None
