@@ -11,7 +11,7 @@ test: .venv/test.ok
 
 # Released GPT-2 against transformers at the sizes of gpt2 and gpt2-large, and a whole run of gpt2: 10 minutes.
 parity: .venv/test.ok
-	COCORACLE_LONG=parity $(BIN)/python -m pytest -q -s test_cocoracle.py -k released
+	COCORACLE_LONG=parity $(BIN)/python -m pytest -q -s test_cocoracle.py -k "released or gpu_script"
 
 # Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
 bench: .venv/run.ok

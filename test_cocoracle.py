@@ -38,6 +38,7 @@ import cocoracle as co
 import gpt2_weights as gw
 from gpt2_weights import WeightsError
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 HERE = Path(__file__).parent
 TEXT = co.Text()
 CFG = co.Config(device="cpu", dtype="float32", compile=False)
@@ -1170,25 +1171,6 @@ def test_other_lengths_and_several_thoughts_a_slot(tmp_path):
     batch_at = co.oracle_batches(run_of(), tiny(), co.TRAIN, "oracle", 3000)
     assert batch_at(0)[2].shape == (3000, 1, 96) and batch_at(1)[2].shape == (3000, 1, 96)
 
-def test_resume_goes_on_where_a_killed_run_stood(mini, tmp_path):
-    """A run that dies in the middle of a stage, resumed, ends with the weights of one that never stopped."""
-    out, _ = mini
-    script = ("import sys, cocoracle as co; real = co.log\n"
-              "def log(run, part, step, *rest):\n"
-              "    real(run, part, step, *rest)\n"
-              "    if part == sys.argv[1] and step == 4: __import__('os')._exit(9)\n"
-              "co.log = log; co.main(sys.argv[2:])")
-    for part, again in (("coconut 0", []), ("coconut all", ["--resume"]), ("oracle", ["--resume"])):
-        args = [*MINI, "--save-every", "1e-9", *again, "--out", tmp_path / "run"]
-        died = subprocess.run([sys.executable, "-c", script, part, *map(str, args)], cwd=HERE, check=False)
-        assert died.returncode == 9
-    assert cli("--resume", "--out", tmp_path / "run").returncode == 0
-    for part in ("base", "coconut", "oracle", "lora", "probes"):
-        assert (tmp_path / f"run/{part}.safetensors").read_bytes() == (out / f"{part}.safetensors").read_bytes(), part
-    first, second = (numbers(json.loads((d / "results.json").read_text())) for d in (out, tmp_path / "run"))
-    first.pop("config"), second.pop("config")  # --save-every differs
-    assert first == second
-
 def test_watching_it_think(mini, monkeypatch):
     """`--stage ask` on a pipe: answers, readings and exchanges are those of the functions behind them; bad lines are
     told on stderr, and the run's files stay as they are."""
@@ -1236,6 +1218,7 @@ def test_killed_at_any_moment(mini, tmp_path):
     """kill -9 at random moments (50 under `make torture`), then --resume: weights and results are those of one run."""
     reference, _ = mini
     out, rng, killed, began, whole, here = tmp_path / "run", random.Random(0), 0, [], [], 0  # here: kills of this run
+    most = 3 if TORTURE == 3 else 2
     command = [sys.executable, str(HERE / "cocoracle.py"), *map(str, MINI), "--save-every", "0.01", "--out", str(out)]
     while killed < TORTURE or (out / "config.json").exists():
         resume = ["--resume"] if (out / "config.json").exists() else []
@@ -1243,7 +1226,7 @@ def test_killed_at_any_moment(mini, tmp_path):
         process = subprocess.Popen(command + resume, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                    text=True)
         try:
-            limit = rng.uniform(3, 3 + max([9, *whole])) if killed < TORTURE and here < 2 else 300
+            limit = rng.uniform(3, 3 + max([9, *whole])) if killed < TORTURE and here < most else 300
             _, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
             process.kill()
@@ -1416,7 +1399,7 @@ def test_blocks_are_compiled_few_times():
     assert 1 <= graphs[0] <= graphs[-1] <= 6 and graphs[3] == graphs[-1]
     assert not torch._dynamo.utils.counters["recompile_limit"]
 
-@pytest.mark.skipif(" " in sys.prefix, reason="inductor's linker call does not quote its paths")
+@pytest.mark.skipif(os.environ.get("COCORACLE_LONG") != "parity", reason="slow: make parity")
 def test_the_gpu_script_compares_what_it_says(capsys):
     """`make gpu` finds compiled bfloat16 steps equal to eager float32 ones, here on the CPU, and a wrong one wrong."""
     spec = importlib.util.spec_from_file_location("gpu", HERE / ".ci/gpu.py")
