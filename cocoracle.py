@@ -690,6 +690,11 @@ def exchange(cache, donor, at):
         return torch.where(F.pad(at, (own.shape[2] - at.shape[1], 0))[:, None, :, None], other, own)
     return cache._replace(kv=tuple((mix(k, dk), mix(v, dv)) for (k, v), (dk, dv) in zip(cache.kv, donor.kv)))
 
+def thoughts_of(cfg, D, slots):
+    """True at the thoughts of a slot, or of one slot for each problem (B, 1) -> bool (B|1, K)."""
+    slot_of = np.arange((D + 1) * cfg.thoughts_per_slot) // cfg.thoughts_per_slot
+    return put((slot_of == slots).reshape(-1, len(slot_of)), cfg.device)
+
 # -----------------------------------------------------------------------------------------------------------
 # 6. Injection (Activation Oracles, section 3) and LoRA
 class Injection(NamedTuple):
@@ -1067,8 +1072,7 @@ def think_about(run, model, pairs, rng=None):
             return Runs(pairs, read[:, every - 1::every].float(), wrote)
         if rng is None:
             return runs(cache, read, False)
-        slot = rng.integers(D + 1, size=(len(pairs), 1))
-        at = torch.from_numpy(slot == np.arange(read.shape[1]) // every).to(cfg.device)
+        at = thoughts_of(cfg, D, rng.integers(D + 1, size=(len(pairs), 1)))
         patched = torch.where(at[:, :, None, None], read.roll(1, 0), read)
         return runs(cache, read, True), runs(exchange(cache, cache.map(lambda x: x.roll(1, 0)), at), patched, True)
 
@@ -1481,12 +1485,12 @@ def causal_scores(run, model):
         D = len(str(pairs[0, 0]))
         cache, _ = ponder(cfg, run.text, model, pairs, cfg.last)
         own = np.array(answer(run.text, model, cache, D))
-        other, slot_of = np.roll(own, 1), torch.arange((D + 1) * cfg.thoughts_per_slot) // cfg.thoughts_per_slot
+        other = np.roll(own, 1)
         for kind, change in changes.items():
             donor = cache.map(change)
             for slot in (*range(D + 1), "all"):
-                at = (slot_of == slot if slot != "all" else slot_of >= 0)[None].to(cfg.device)
-                said = np.array(answer(run.text, model, exchange(cache, donor, at), D))
+                at = thoughts_of(cfg, D, 0 if slot == "all" else slot)
+                said = np.array(answer(run.text, model, exchange(cache, donor, at | (slot == "all")), D))
                 hits["keep", kind, slot] += (said == own).tolist()
                 if (kind, slot) == ("swap", "all"):
                     b, a = said == other, said == own
@@ -1628,8 +1632,8 @@ def lines_of(prompt):
         except EOFError:
             return print()
 
-def watch(run):
-    """--stage ask: problems and questions, a line each, see HELP."""
+def responder(run):
+    """-> function of a line, see HELP, that gives what it asks for (a dict) or raises UserError."""
     cfg, text = run.cfg, run.text
     coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
     white, rng, last = whitener(run, coconut, cfg.whiten), np.random.default_rng(), None
@@ -1643,9 +1647,9 @@ def watch(run):
         pairs = np.array([(a, b), other or draw(rng, TEST, len(a), 1)[0]], dtype=np.int64)
         cache, read = ponder(cfg, text, coconut, pairs, cfg.last, read=range(len(coconut.h) + 1))
         return cache, read[0, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot].float()
-    def with_another(cache, slots, slot):
-        at = (torch.arange(slots * cfg.thoughts_per_slot) // cfg.thoughts_per_slot == slot)[None].to(cfg.device)
-        return answer(text, coconut, exchange(cache, cache.map(lambda x: x.roll(1, 0)), at), slots - 1)[0]
+    def with_another(cache, D, slot):
+        at = thoughts_of(cfg, D, slot)
+        return answer(text, coconut, exchange(cache, cache.map(lambda x: x.roll(1, 0)), at), D)[0]
     def respond(line):
         nonlocal last
         problem, question = (re.fullmatch(form, line, re.ASCII) for form in (
@@ -1667,7 +1671,7 @@ def watch(run):
             cache, readings = think_of(*last[:2], (a, b))
             return {"slot": int(swap), "of": f"{a}+{b}", "in": "+".join(last[:2]),
                     "before": answer(text, coconut, cache, len(a))[0],
-                    "after": with_another(cache, len(readings), int(swap))}
+                    "after": with_another(cache, len(a), int(swap))}
         if not a:
             raise UserError(f"{line[:40]}: type a sum as 347+285, or random, ? 2 QUESTION, swap 1 58+67")
         cache, readings = think_of(a, b)
@@ -1677,14 +1681,19 @@ def watch(run):
         told = zip(steps_of(int(a), int(b)), ask(run, oracle, white(readings), HELD_OUT["step"]), probed, top)
         return {"problem": f"{a}+{b}", "answer": said, "right": said == str(int(a) + int(b)), "thoughts": [
             {"step": step, "oracle": read, "probe": found, "lens": [text.show([i]) for i in tokens],
-             "with_another": with_another(cache, len(readings), slot)}
+             "with_another": with_another(cache, len(a), slot)}
             for slot, (step, read, found, tokens) in enumerate(told)]}
-    errors = 0
+    return respond
+
+def watch(run):
+    """--stage ask: problems and questions, a line each."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at a prompt, only Ctrl-C means "not this line"
+    respond, errors = responder(run), 0
     for line in filter(None, map(str.strip, lines_of("> "))):
         try:
-            with torch.no_grad(), amp(cfg):
+            with torch.no_grad(), amp(run.cfg):
                 found = respond(line)
-            print(json.dumps(found) if cfg.json else in_words(found), flush=True)
+            print(json.dumps(found) if run.cfg.json else in_words(found), flush=True)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise

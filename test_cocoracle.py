@@ -2616,7 +2616,7 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ("patched = torch.where(at[:, :, None, None], read.roll(1, 0), read)", "patched = read", "patched"),
     ("slot[np.isin(asked, OF_PROBLEM)] = D", "pass", "batch_pairs"),
     ("targets = [model_says(runs[of], *cell", "targets = [model_says(runs[0], *cell", "batch_pairs"),
-    ("float(r in view)", "float(r not in view)", "several"),
+    ("[[r in view] for r", "[[r not in view] for r", "several"),
     (".rsqrt()) @ axes.T", ".rsqrt())", "whitened"),
     ("text.steps(a, b)[text_slots + i]", "text.steps(a, b)[i]", "explained"),
     # controls, scores, causal tests
@@ -2631,7 +2631,7 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ("(now == b)[:, c][(a != b)[:, c]]", "(now == a)[:, c][(a != b)[:, c]]", "causal_map"),
     # training kit, checkpoints
     ("return total / tokens", "return total / len(target)", "parts or loss"),
-    ("parts *= 2", "parts += 1", "parts"),
+    ("= 2 * parts, None, None", "= 1 + parts, None, None", "parts"),
     ("slice(run.rank + run.world * part, None, run.world * parts)", "slice(part, None, parts)", "parts"),
     ("optimizer.found_inf = told[3]", "pass", "finite"),
     ("if not skip:", "if True:", "finite"),
@@ -2639,6 +2639,11 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ('if last["run"].get(name) != value]', "if False]", "other_runs"),
     ("p.copy_(old.view(p.shape))", "pass", "altered"),
 ]
+
+def test_mutants_are_of_this_code():
+    """What `make mutants` would replace is there, once."""
+    source = (HERE / "cocoracle.py").read_text()
+    assert [old for old, _, _ in MUTANTS if source.count(old) != 1] == []
 
 @pytest.mark.skipif(os.environ.get("COCORACLE_LONG") != "mutants", reason="minutes long: make mutants")
 def test_mutants_are_killed(tmp_path):
