@@ -31,6 +31,7 @@ It does not: sample (every answer is greedy), batch problems of different length
 
 import argparse
 import dataclasses
+import html
 import itertools
 import json
 import math
@@ -122,6 +123,9 @@ class Config:
     dtype: str = opt("auto", "auto: bfloat16 on a GPU, else float32", choices=("auto", "float32", "bfloat16"))
     compile: bool = opt(None, "torch.compile the blocks (default: on a GPU)")
     # data
+    data: str = opt("", "a file of problems of your own in place of sums, as Coconut has them: a JSON list of "
+                    '{"question", "steps", "answer"}')
+    data_crc: int = opt(0, argparse.SUPPRESS, type=int)  # of that file; to tell when it has changed
     digits: tuple = opt((2, 3), "operand lengths, as `2,3` or `2-4`", type=digits_arg)
     thoughts_per_slot: int = opt(1, "thoughts in place of one text step", type=COUNT)
     thoughts: str = opt("hidden", "what a thought is fed: the last hidden state, or one learned vector (a control)",
@@ -222,7 +226,8 @@ SESSION = ("stage", "out", "resume", "force", "device", "dtype", "compile", "jso
 
 def knobs(cfg):
     """The properties of a run: what config.json holds."""
-    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in SESSION}
+    skip = (*SESSION, "digits") if cfg.data else (*SESSION, "data_crc")
+    return {name: value for name, value in dataclasses.asdict(cfg).items() if name not in skip}
 
 class UserError(Exception):
     """A user's mistake: its text, one line with the remedy, is all that is printed; the exit code is 2."""
@@ -238,7 +243,7 @@ def parse(argv):
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         extra = {"action": argparse.BooleanOptionalAction} if field.type is bool else {}
-        note = "" if field.default in (None, "", (), False) else f" (default {field.default})"
+        note = "" if field.default in (None, "", (), False, 0) else f" (default {field.default})"
         extra["help"] = field.metadata["help"] + note
         parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata | extra)
     given = vars(parser.parse_args(argv))
@@ -263,7 +268,15 @@ def parse(argv):
         if given[name] != saved[name]:
             raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has {saved[name]}: "
                             "leave it out, or choose another --out")
-    return Config(**{**base, **given, "out": out})
+    cfg = Config(**{**base, **given, "out": out})
+    if not cfg.data:
+        return cfg
+    if "digits" in given or cfg.labels != "gold" or seed:
+        raise UserError("--data takes neither --digits, nor --labels model or all, nor --protocol seed: leave them out")
+    problems = read_problems(cfg.data)
+    if saved.get("data_crc", problems.crc) != problems.crc:
+        raise UserError(f"{cfg.data} has changed since the run in {out} began: restore it, or choose another --out")
+    return dataclasses.replace(cfg, digits=problems.lengths, data_crc=problems.crc)
 
 def flags(saved):
     """The content of a config.json -> the command line that says the same."""
@@ -273,6 +286,12 @@ def flags(saved):
             yield flag if value else "--no-" + flag[2:]
         else:
             yield from (flag, ",".join(map(str, value)) if isinstance(value, list) else str(value))
+
+def changed_flags(cfg):
+    """The flags of a run that are not at their defaults."""
+    usual = dataclasses.asdict(Config(**LARGE if cfg.model != "tiny" else {}))
+    return flags({name: list(value) if isinstance(value, tuple) else value for name, value in knobs(cfg).items()
+                  if value != usual[name] and name != "data_crc"})
 
 def load_json(path):
     """The object in a JSON file; {} where there is no file. Raises UserError on a damaged one."""
@@ -357,14 +376,108 @@ def split_of(a, b):
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
-def draw(rng, split, digits, n, distinct=False):
-    """n problems of one length from one split -> (n, 2) int array; `distinct`: none twice (then maybe fewer)."""
-    lo, hi = 10 ** (digits - 1), 10**digits
-    pairs = rng.integers(lo, hi, size=(40 * n + 1000, 2))
-    pairs = pairs[split_of(pairs[:, 0], pairs[:, 1]) == split]
-    if distinct:
-        pairs = pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])]
-    return pairs[:n]
+class Sums:
+    """The task: a + b of equally long numbers, in one vocabulary. A problem is a row (a, b) of integers; its length D,
+    here the digits of an operand, is one less than its slots. Another task has the same names: see Problems."""
+    families, items, example, form = tuple(QUESTIONS), (), "a sum as 347+285", r"(\d+) *\+ *(\d+)"
+
+    def __init__(self, lengths=(2, 3), seed=False):
+        self.lengths, self.seed = lengths, seed
+        self.mark = " " if seed else "="
+
+    def texts(self, length):
+        """Steps and answers of problems of this length, the longest among them."""
+        return [column_text(9, 9, 1, 9, 1)], ["9" * (length + 1)]
+
+    def draw(self, rng, split, length, n, distinct=False):
+        """n problems of one length from one split -> (n, 2) int array; `distinct`: none twice (then maybe fewer)."""
+        lo, hi = 10 ** (length - 1), 10**length
+        pairs = rng.integers(lo, hi, size=(40 * n + 1000, 2))
+        pairs = pairs[split_of(pairs[:, 0], pairs[:, 1]) == split]
+        if distinct:
+            pairs = pairs[np.sort(np.unique(pairs, axis=0, return_index=True)[1])]
+        return pairs[:n]
+
+    def length(self, a):
+        return len(str(a))
+
+    def problem(self, a, b):
+        return f"{a} + {b} =" if self.seed else f"{a}+{b}"
+
+    def steps(self, a, b):
+        """The steps that thoughts stand for. The seed has none for a final carry of 0, so that their number tells."""
+        return [step for step in steps_of(a, b) if not (self.seed and step == "carry 0")]
+
+    def answer(self, a, b):
+        return str(a + b)
+
+    def final(self, a, b, slot):
+        """Slots that are left out of what is compared: here the final carry's, which has two possible steps."""
+        return slot == len(str(a))
+
+    def typed(self, a, b):
+        """A problem as typed -> (a, b). Raises UserError."""
+        if len(a) != len(b) or len(a) not in self.lengths or "0" in (a[0], b[0]):
+            raise UserError(f"{a[:20]}+{b[:20]}: this model adds two numbers of "
+                            f"{' or '.join(map(str, self.lengths))} digits")
+        return int(a), int(b)
+
+class Problems:
+    """The task of a file: items (question, steps, answer). A problem is a row (index, 0); all have as many slots as the
+    longest, the others' last steps being empty. Names as in Sums."""
+    families, mark, seed, example, form = ("step", "answer"), "", False, "a problem's number", r"(\d{1,9})()"
+
+    def __init__(self, items, crc):
+        self.items, self.crc, slots = items, crc, max(len(steps) for _, steps, _ in items)
+        self.lengths = (slots - 1,)
+        hashes = np.array([zlib.crc32(question.encode()) for question, _, _ in items], dtype=np.uint64)
+        self.split = split_of(hashes, np.zeros_like(hashes))
+
+    def texts(self, length):
+        return [step for _, steps, _ in self.items for step in steps], [answer for *_, answer in self.items]
+
+    def draw(self, rng, split, length, n, distinct=False):
+        own = np.flatnonzero(self.split == split)
+        index = rng.permutation(own)[:n] if distinct else rng.choice(own, n)
+        return np.stack([index, np.zeros_like(index)], axis=1)
+
+    def length(self, a):
+        return self.lengths[0]
+
+    def problem(self, a, b):
+        return self.items[a][0]
+
+    def steps(self, a, b):
+        steps = self.items[a][1]
+        return [*steps, *[""] * (self.lengths[0] + 1 - len(steps))]
+
+    def answer(self, a, b):
+        return self.items[a][2]
+
+    def final(self, a, b, slot):
+        return slot >= len(self.items[a][1])
+
+    def typed(self, a, b):
+        if int(a) >= len(self.items):
+            raise UserError(f"{a}: the problems are numbered from 0 to {len(self.items) - 1}")
+        return int(a), 0
+
+@lru_cache(maxsize=1)
+def read_problems(path):
+    """A --data file -> Problems. Raises UserError."""
+    try:
+        content = Path(path).read_bytes()
+        items = [(x["question"], tuple(x["steps"]), x["answer"]) for x in json.loads(content)]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f'--data {path} is no JSON list of {{"question", "steps", "answer"}} ({e})') from None
+    for n, (question, steps, answer) in enumerate(items):
+        texts = (question, *steps, answer)
+        if not steps or not all(isinstance(x, str) and not any(token in x for token in SPECIAL) for x in texts):
+            raise UserError(f"--data {path}: problem {n} must have texts without special tokens, and a step")
+    problems = Problems(items, zlib.crc32(content)) if items else None
+    if not items or min(np.bincount(problems.split, minlength=3)) < 2:
+        raise UserError(f"--data {path} holds {len(items)} problems: too few to hold some out; 100 or more do")
+    return problems
 
 def chunks(problems):
     """Problems (a list of (n, 2), one per length) in even batches (<= 250, 2): bounded memory, and nobody alone."""
@@ -383,27 +496,26 @@ class Text:
     # GPT-2's pattern (openai/gpt-2 encoder.py) with ` ?\p{N}` in place of ` ?\p{N}+`
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-    def __init__(self, ranks=None, seed=False):
-        self.seed, self.questions = seed, SEED_QUESTIONS if seed else HELD_OUT
+    def __init__(self, ranks=None, task=None):
+        self.task, self.seed = task or Sums(), task is not None and task.seed
+        self.questions = SEED_QUESTIONS if self.seed else {family: HELD_OUT[family] for family in self.task.families}
         if ranks is None:
-            corpus = " ".join([q for asked in TRAINED.values() for q in asked] + ["Layer write carry neither", *NO_YES])
-            words = sorted({w for word in re.findall(r"[A-Za-z]+", corpus) for w in (word, " " + word)})
+            corpus = [q for asked in TRAINED.values() for q in asked] + ["Layer write carry neither", *NO_YES]
+            corpus += [text for item in self.task.items for text in (item[0], *item[1], item[2])]
+            common = Counter(re.findall(r"[A-Za-z]+", " ".join(corpus))).most_common(5000)
+            words = sorted({w for word, _ in common for w in (word, " " + word)})
             pieces = [bytes([i]) for i in range(256)] + [f" {d}".encode() for d in range(10)]
             ranks = {piece: i for i, piece in enumerate(pieces + [w.encode() for w in words if len(w) > 1])}
         names = ("<|endoftext|>", *SPECIAL)
         special = {name: len(ranks) + i for i, name in enumerate(names)}
-        self.pattern = self.PATTERN.replace(r"\p{N}|", r"\p{N}+|") if seed else self.PATTERN
+        self.pattern = self.PATTERN.replace(r"\p{N}|", r"\p{N}+|") if self.seed else self.PATTERN
         self.enc = tiktoken.Encoding("cocoracle", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
         self.eos, self.bot, self.sep, self.eot, self.act = (special[name] for name in names)
         self.size = self.enc.n_vocab
         self.ids = lru_cache(maxsize=4096)(lambda s: tuple(self.enc.encode(s, allowed_special="all")))
-
-    def problem(self, a, b):
-        return f"{a} + {b} =" if self.seed else f"{a}+{b}"
-
-    def steps(self, a, b):
-        """The steps that thoughts stand for. The seed has none for a final carry of 0, so that their number tells."""
-        return [step for step in steps_of(a, b) if not (self.seed and step == "carry 0")]
+        steps, answers = zip(*((max(len(self.ids(x)) for x in texts) for texts in self.task.texts(length))
+                               for length in self.task.lengths))
+        self.step_tokens, self.answer_tokens = max(steps) + 1, dict(zip(self.task.lengths, answers))
 
     def show(self, ids):
         """Ids up to the first <|endoftext|> (or the padding -1) as text."""
@@ -436,9 +548,10 @@ def make_batch(text, pairs, n_text, device="cpu", rows=ALL):
     """Problems (n, 2) of one length with their first n_text steps as text -> these rows of a Batch."""
     heads, bodies, answers = [], [], []
     for a, b in pairs.tolist():
-        heads.append(text.ids(text.problem(a, b) + (" <bot>" if text.seed else "=<bot>")))
-        bodies.append(tuple(i for step in steps_of(a, b)[:n_text] for i in (*text.ids(step), text.sep)))
-        answers.append(text.ids(f"<eot> {a + b}" if text.seed else f"<eot>{a + b}<|endoftext|>"))
+        heads.append(text.ids(text.task.problem(a, b) + text.task.mark + "<bot>"))
+        bodies.append(tuple(i for step in text.task.steps(a, b)[:n_text] for i in (*text.ids(step), text.sep)))
+        said = text.task.answer(a, b)
+        answers.append(text.ids(f"<eot> {said}" if text.seed else f"<eot>{said}<|endoftext|>"))
     prefix = [head + body for head, body in zip(heads, bodies)]
     valid = pad([(1,) * len(row) for row in prefix], 0, left=True) == 1
     # Targets stand one to the left of their tokens, since position t predicts t+1; the harness feeds what follows the
@@ -655,7 +768,7 @@ def write(model, h, cache, stop, limit, times=1, hold=(0, ())):
 def plan(cfg, text, pairs, k):
     """Stage k on problems of one length -> (number of text slots, Thoughts). k None: answer at once. In the seed's
     protocol there are as many thoughts as gold steps, which tells the final carry; in ours D+1."""
-    slots = len(text.steps(*pairs[0].tolist()))
+    slots = len(text.task.steps(*pairs[0].tolist()))
     latent = min(k or 0, slots)
     return 0 if k is None else slots - latent, Thoughts(
         latent * cfg.thoughts_per_slot, text.bot if cfg.thoughts == "pause" else None, (k or 0) > max(cfg.digits) + 1)
@@ -667,17 +780,16 @@ def ponder(cfg, text, model, pairs, k, read=()):
     batch = make_batch(text, pairs, 0, model.wte.weight.device)
     h, cache, _ = model(model.wte(batch.prefix), valid=batch.valid, last=1)
     if text_slots:
-        longest = len(text.ids(column_text(9, 9, 1, 9, 1))) + 1
-        _, h, cache = write(model, h, cache, text.sep, limit=text_slots * longest, times=text_slots)
+        _, h, cache = write(model, h, cache, text.sep, limit=text_slots * text.step_tokens, times=text_slots)
     return think(model, h, cache, thoughts, read)
 
 @torch.no_grad()
-def answer(text, model, cache, digits):
+def answer(text, model, cache, length):
     """Greedy answers (a list of text) after the thoughts in the cache; "..." stands for a missing end token."""
     B = cache.kv[0][0].shape[0]
     eot = torch.full((B, 1), text.eot, device=model.wte.weight.device)
     h, cache, _ = model(model.wte(eot), cache)
-    ids, _, _ = write(model, h, cache, text.eos, limit=15 if text.seed else digits + 3)
+    ids, _, _ = write(model, h, cache, text.eos, limit=15 if text.seed else text.answer_tokens[length] + 2)
     answers = [text.show(row) if text.eos in row else text.show(row) + "..." for row in ids.tolist()]
     if text.seed:  # its model never learnt to end an answer; its demo stops at the first character that is no digit
         answers = [re.match(r"\s*(\d*)", said)[1] for said in answers]
@@ -782,9 +894,14 @@ def load_model(run, name):
         model.load_state_dict(read_safetensors(run.out / "lora.safetensors", shapes), strict=False)
     return model
 
+@contextmanager
 def amp(cfg):
     """bfloat16 matrix products where asked for; weights and optimizer stay float32."""
-    return torch.autocast(cfg.device, torch.bfloat16) if cfg.dtype == "bfloat16" else nullcontext()
+    low = cfg.dtype == "bfloat16"
+    # The CPU's fused attention is slow backwards in bfloat16: 87 ms, plain products 19 (GPT-2 small, batch 128).
+    kernels = sdpa_kernel(SDPBackend.MATH) if low and cfg.device == "cpu" else nullcontext()
+    with torch.autocast(cfg.device, torch.bfloat16, enabled=low), kernels:
+        yield
 
 def write_text(path, content):
     """Write a file whole or not at all."""
@@ -975,9 +1092,11 @@ def log(run, part, step, steps, sums, count, seconds, eta):
     loss, exact, skipped, speed = loss / count, right / examples, int(skipped / run.world), examples / seconds
     if run.rank:
         return
-    print(f"{part:<11} | step {step:>5}/{steps} | loss {loss:6.4f} | exact {exact:5.3f} | {speed:7,.0f} ex/s | "
-          f"eta {int(eta) // 60}:{int(eta) % 60:02d}" + f" | {skipped} steps skipped" * (skipped > 0),
-          flush=True)
+    line = (f"{part:<11} | step {step:>5}/{steps} | loss {loss:6.4f} | exact {exact:5.3f} | {speed:7,.0f} ex/s | "
+            f"eta {int(eta) // 60}:{int(eta) % 60:02d}" + f" | {skipped} steps skipped" * (skipped > 0))
+    if sys.stdout.isatty():  # the next line is drawn over this one
+        line = "\033[K" + line[:shutil.get_terminal_size().columns - 1]
+    print(line, end="\r" if sys.stdout.isatty() and step < steps else "\n", flush=True)
     with open(run.out / "log.jsonl", "a") as f:
         f.write(json.dumps({"part": part, "step": step, "steps": steps, "loss": round(loss, 6),
                             "exact": round(exact, 6), "skipped": skipped,
@@ -1016,14 +1135,14 @@ def coconut_step(run, model, step, k, purpose, size, explain=0.0, rows=ALL):
     to hold the step that it stands for (as SIM-CoT, arXiv:2509.20317, whose decoder is a model of its own).
     """
     cfg, text, rng = run.cfg, run.text, rng_of(run.cfg.seed, purpose, step)
-    pairs = draw(rng, TRAIN, int(rng.choice(cfg.digits)), size)
+    pairs = text.task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), size)
     text_slots, thoughts = plan(cfg, text, pairs, k)
     batch = make_batch(text, pairs, text_slots, cfg.device, rows)
     loss, exact, readings = coconut_loss(model, batch, thoughts, cfg.layers if explain else ())
     if readings is not None:
         readings = readings[:, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot]  # each slot's last thought
         latent = rng.integers(readings.shape[1], size=size)
-        targets = [text.steps(a, b)[text_slots + i] for (a, b), i in zip(pairs.tolist(), latent.tolist())]
+        targets = [text.task.steps(a, b)[text_slots + i] for (a, b), i in zip(pairs.tolist(), latent.tolist())]
         prompts = [prompt(cfg, str(rng.choice(TRAINED["step"])), cfg.layers)] * size
         vectors = readings[put(np.arange(len(readings)), cfg.device), put(latent[rows], cfg.device)]
         loss = loss + explain * oracle_loss(run, model, prompts, targets, vectors, rows)[0]
@@ -1064,7 +1183,7 @@ class Runs(NamedTuple):
 def think_about(run, model, pairs, rng=None):
     """-> Runs, without answers. With rng: Runs with answers, and the same with one slot, a random one of each problem,
     exchanged for the problem before's."""
-    cfg, D, every = run.cfg, len(str(pairs[0, 0])), run.cfg.thoughts_per_slot
+    cfg, D, every = run.cfg, run.text.task.length(pairs[0, 0]), run.cfg.thoughts_per_slot
     with amp(cfg):
         cache, read = ponder(cfg, run.text, model, pairs, cfg.last, read=range(len(model.h) + 1))
         def runs(cache, read, answered):
@@ -1081,12 +1200,12 @@ def digits_of(answers, D):
     return np.array([[re.sub(r"\D", "", said[::-1][c:c + 1]) for c in range(D)] for said in answers])
 
 def text_says(text, a, b, slot, family):
-    """The text that answers a question of this family about the thought of a slot of a + b."""
-    if family == "step":
-        return text.steps(a, b)[slot]
+    """The text that answers a question of this family about the thought of a slot of a problem."""
+    if family in ("step", "answer", "problem"):
+        task = text.task
+        return {"step": task.steps(a, b)[slot], "answer": task.answer(a, b), "problem": task.problem(a, b)}[family]
     _, _, carry_in, digit, carry_out = columns(a, b)[slot]
-    return {"answer": str(a + b), "problem": text.problem(a, b), "carry_in": NO_YES[carry_in],
-            "carry_out": NO_YES[carry_out], "digit": str(digit), "column": str(slot),
+    return {"carry_in": NO_YES[carry_in], "carry_out": NO_YES[carry_out], "digit": str(digit), "column": str(slot),
             "longer": NO_YES[a + b >= 10 ** len(str(a))]}[family]
 
 def model_says(runs, i, column, family):
@@ -1107,7 +1226,7 @@ def whitener(run, model, whiten=True):
         return readings.index_select(-2, put(layers, readings.device))
     if not whiten:
         return taken
-    train = chunks(draw(rng_of(cfg.seed, "whiten", d), TRAIN, d, 1000) for d in cfg.digits)
+    train = chunks(run.text.task.draw(rng_of(cfg.seed, "whiten", d), TRAIN, d, 1000) for d in cfg.digits)
     x = torch.cat([think_about(run, model, pairs).readings[:, :, layers].flatten(0, 1) for pairs in train]).double()
     zca = []
     for layer in (x - x.mean(0)).unbind(1):
@@ -1172,14 +1291,14 @@ def oracle_batches(run, coconut, split, purpose, size):
     phrasing a family and batch: fewer prompts.
     """
     cfg, text, white = run.cfg, run.text, whitener(run, coconut, run.cfg.whiten)
-    families = list(QUESTIONS)[:None if cfg.families == "all" else int(cfg.families)]
+    families = list(text.task.families)[:None if cfg.families == "all" else int(cfg.families)]
     shares = [1 - 0.02 * (len(families) - 1)] + [0.02] * (len(families) - 1)
     lengths = np.array([0.5 ** (max(cfg.digits) - d) for d in cfg.digits])  # short problems are learnt sooner
     @lru_cache(maxsize=1)
     def pool_at(refill):
         rng = rng_of(cfg.seed, purpose, "pool", refill)
         patch = rng if cfg.labels != "gold" else None
-        return [think_about(run, coconut, draw(rng, split, d, 512), patch) for d in cfg.digits]
+        return [think_about(run, coconut, text.task.draw(rng, split, d, 512), patch) for d in cfg.digits]
     @lru_cache(maxsize=1)  # for all parts of a batch
     def batch_at(step):
         rng = rng_of(cfg.seed, purpose, step)
@@ -1244,12 +1363,13 @@ def ask(run, oracle, vectors, question):
     # The seed's oracle never learnt to begin its answer, and is asked for it so (scripts/10, evaluate).
     short = question == SEED_QUESTIONS["answer"]
     hold = (text.seed * (2 if short else 3), (text.eos, text.bot, text.sep, text.eot, text.act))
+    most = max(25, text.step_tokens + 1, *text.answer_tokens.values())
     for chunk in vectors.split(1024):
         n = len(chunk)
         with torch.no_grad(), amp(cfg):
             nothing = torch.empty(n, 0, dtype=torch.long, device=cfg.device)
             h, cache = consult(run, oracle, [asked] * n, chunk, nothing, last=1)
-            written, _, _ = write(oracle, h, cache, text.eos, limit=10 if text.seed and short else 25, hold=hold)
+            written, _, _ = write(oracle, h, cache, text.eos, limit=10 if text.seed and short else most, hold=hold)
         answers += [text.show(row) for row in written.tolist()]
     if text.seed:
         answers = [(re.search(r"\d+", s) or [""])[0] if short else s.strip() for s in answers]
@@ -1295,7 +1415,8 @@ def train_probes(run):
     """Linear and one-hidden-layer probes of each view of the layers read, measured once on the test split."""
     cfg, coconut = run.cfg, load_model(run, "coconut")
     white = whitener(run, coconut)
-    train = chunks(draw(rng_of(cfg.seed, "probes", d), TRAIN, d, cfg.probe_problems) for d in cfg.digits)
+    train = chunks(run.text.task.draw(rng_of(cfg.seed, "probes", d), TRAIN, d, cfg.probe_problems)
+                   for d in cfg.digits)
     (x, y), test = (probe_data(run, coconut, white, problems) for problems in (train, test_problems(run)))
     weights, scores, steps = {}, {}, defaultdict(dict)
     for (kind, hidden), (name, view) in itertools.product(PROBES.items(), cfg.views.items()):
@@ -1331,26 +1452,27 @@ def show_rate(r):
 
 def test_problems(run):
     """The held-out problems of every evaluation, distinct, in batches (<= 250, 2) of one length and number of steps."""
-    cfg, groups = run.cfg, []
+    cfg, task, groups = run.cfg, run.text.task, []
     n = max(2, math.ceil(cfg.eval_problems / len(cfg.digits)))  # the controls need another problem
     for d in cfg.digits:
-        pairs = draw(rng_of(cfg.seed, "test", d), TEST, d, n, distinct=True)
-        steps = np.array([len(run.text.steps(a, b)) for a, b in pairs.tolist()])
+        pairs = task.draw(rng_of(cfg.seed, "test", d), TEST, d, n, distinct=True)
+        steps = np.array([len(task.steps(a, b)) for a, b in pairs.tolist()])
         groups += [pairs[steps == count] for count in np.unique(steps)]
     return chunks(groups)
 
 def coconut_scores(run, model, k):
     """Held-out exact match at stage k, autoregressive from the problem alone -> R, with by_digits beside it, and
     teacher_forced: gold text steps and answer prefix given, as others report it."""
-    cfg, by_digits, forced = run.cfg, {}, []
+    cfg, task, by_digits, forced = run.cfg, run.text.task, {}, []
     for pairs in test_problems(run):
-        digits = len(str(pairs[0, 0]))
+        digits = task.length(pairs[0, 0])
         text_slots, thoughts = plan(cfg, run.text, pairs, k)
         with torch.no_grad(), amp(cfg):
             answers = answer(run.text, model, ponder(cfg, run.text, model, pairs, k)[0], digits)
             batch = make_batch(run.text, pairs, text_slots, cfg.device)
             forced += coconut_loss(model, batch, thoughts)[1].tolist()
-        by_digits.setdefault(str(digits), []).extend(s == str(a + b) for s, (a, b) in zip(answers, pairs.tolist()))
+        by_digits.setdefault(str(digits), []).extend(
+            said == task.answer(a, b) for said, (a, b) in zip(answers, pairs.tolist()))
     return {**rate(sum(by_digits.values(), [])), "teacher_forced": rate(forced),
             "by_digits": {digits: rate(hits) for digits, hits in by_digits.items()}}
 
@@ -1360,14 +1482,15 @@ def score_steps(text, said, where):
     operands: both digits and the carry-in right; result: digit and carry-out right (both without the final slot, which
     has neither); token_f1: of the sets of white-space-separated words, as the seed counts it.
     """
-    gold, final = [text.steps(a, b)[slot] for a, b, slot in where], np.array([s == len(str(a)) for a, _, s in where])
+    gold, final = [text.task.steps(a, b)[slot] for a, b, slot in where], np.array([text.task.final(*x) for x in where])
     exact = np.array([s == g for s, g in zip(said, gold)])
     operands = np.array([s.partition("=")[0] == g.partition("=")[0] for s, g in zip(said, gold)])
     result = np.array([s.partition(" write ")[2] == g.partition(" write ")[2] for s, g in zip(said, gold)])
     words = [(set(s.split()), set(g.split())) for s, g in zip(said, gold)]
-    f1 = [2 * len(s & g) / (len(s) + len(g)) for s, g in words]
+    f1 = [2 * len(s & g) / max(1, len(s) + len(g)) for s, g in words]
     inner = rate(exact[~final])
-    return {**rate(exact), "operands": float(operands[~final].mean()), "result": float(result[~final].mean()),
+    return {**rate(exact), **({} if text.task.items else {
+                "operands": float(operands[~final].mean()), "result": float(result[~final].mean())}),
             "token_f1": float(np.mean(f1)), "exact_no_final": inner["exact"], "n_no_final": inner["n"],
             "ci95_no_final": inner["ci95"]}
 
@@ -1382,10 +1505,10 @@ def flat(runs, white, change=lambda vectors: vectors):
 
 def majorities(run):
     """The most frequent training step, for "all" and each (number of digits, slot): baselines that read nothing."""
-    seen = defaultdict(Counter)
+    seen, task = defaultdict(Counter), run.text.task
     for d in run.cfg.digits:
-        for a, b in draw(rng_of(run.cfg.seed, "majority", d), TRAIN, d, 5000).tolist():
-            for slot, step in enumerate(run.text.steps(a, b)):
+        for a, b in task.draw(rng_of(run.cfg.seed, "majority", d), TRAIN, d, 5000).tolist():
+            for slot, step in enumerate(task.steps(a, b)):
                 seen[d, slot][step] += 1
                 seen["all"][step] += 1
     return {key: steps.most_common(1)[0][0] for key, steps in seen.items()}
@@ -1407,7 +1530,7 @@ def control_scores(run, oracle, runs, white, others):
     said = {kind: ask(run, oracle, v, run.text.questions["step"]) for kind, v in vectors.items()}
     where, most = flat(runs, white)[1], majorities(run)
     said["constant"] = [most["all"]] * len(where)
-    said["slot_majority"] = [most[len(str(a)), slot] for a, _, slot in where]
+    said["slot_majority"] = [most[run.text.task.length(a), slot] for a, _, slot in where]
     return {kind: score_steps(run.text, steps, where) for kind, steps in said.items()}
 
 def oracle_scores(run, oracle, runs, white):
@@ -1424,9 +1547,22 @@ def oracle_scores(run, oracle, runs, white):
         if family == "step":
             scores["step"] = score_steps(text, said, where)
             scores["by_slot"] = {str(s): rate(right[slots == s]) for s in np.unique(slots)}
-            scores["mistakes"] = [{"problem": text.problem(*where[i][:2]), "slot": where[i][2], "step": truth[i],
+            scores["mistakes"] = [{"problem": text.task.problem(*where[i][:2]), "slot": where[i][2], "step": truth[i],
                                    "read": said[i]} for i in np.flatnonzero(~right)[:5]]
+            if not text.seed and not text.task.items:
+                form = r"(\d)\+(\d)(\+1)?=\d+ write (\d)( carry 1)?"
+                named = [re.fullmatch(form, s) for s in said]
+                scores["by_field"] = by_field([(*m.group(1, 2), int(bool(m[3])), m[4]) if m else (-1,) * 4
+                                               for m in named], where)
     return scores
+
+def by_field(found, where):
+    """Rows (a, b, carry, digit, ...) found in readings of `where` -> {slot: {field: R}}, but for final slots."""
+    inner = np.array([slot < len(str(a)) for a, _, slot in where])
+    slots, truth = (np.array(x)[inner] for x in zip(*[(slot, columns(a, b)[slot][:4]) for a, b, slot in where]))
+    hits = np.array(found)[inner, :4].astype(int) == truth
+    return {str(s): {field: rate(hits[slots == s, n]) for n, field in enumerate(("a", "b", "carry", "digit"))}
+            for s in np.unique(slots)}
 
 def lens_scores(run, model, runs):
     """Logit lens (nostalgebraist 2020) -> {layer: {"a", "b", "digit", "step" (all three)}}: how often these digits are
@@ -1469,6 +1605,36 @@ def faithfulness(run, oracle, probes, tested, shown, families):
                 hits[reader, special] += hit[runs.wrote[:, c] != other[:, c]].tolist()
     return {reader: {case: rate(hits[reader, case]) for case in cases} for reader in read}
 
+def readers(run):
+    """-> coconut, oracle, function that whitens readings, linear and MLP probe if there are: what look() takes."""
+    coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
+    own = () if run.cfg.data else load_probes(run, whitener(run, coconut), *[*run.cfg.views.items()][-1]).values()
+    return coconut, oracle, whitener(run, coconut, run.cfg.whiten), [*own]
+
+@torch.no_grad()
+def look(run, models, pairs):
+    """Problems (n, 2) of one length thought by thought, as --stage ask and the report show them -> a list of dicts.
+
+    with_another: the answer when this thought is that of the problem before.
+    """
+    cfg, text, (coconut, oracle, white, probes) = run.cfg, run.text, models
+    D, every = text.task.length(pairs[0, 0]), cfg.thoughts_per_slot
+    cache, read = ponder(cfg, text, coconut, pairs, cfg.last, read=range(len(coconut.h) + 1))
+    readings, donor = read[:, every - 1::every].float(), cache.map(lambda x: x.roll(1, 0))
+    said = np.reshape(ask(run, oracle, white(readings).flatten(0, 1), text.questions["step"]), (-1, D + 1)).tolist()
+    top = coconut.logits(coconut.ln_f(readings[:, :, cfg.layers[-1]])).topk(5).indices.tolist()
+    probed = [probes[-1](x).tolist() + [None] if probes else [None] * (D + 1) for x in readings[:, :-1]]
+    answers, *others = (answer(text, coconut, exchange(cache, donor, thoughts_of(cfg, D, slot)), D)
+                        for slot in (-1, *range(D + 1)))
+    found = []
+    for i, pair in enumerate(pairs.tolist()):
+        thoughts = [{"step": step, "oracle": said[i][slot], "probe": p and dict(zip(PROBED, p)),
+                     "lens": [text.show([token]) for token in top[i][slot]], "with_another": others[slot][i]}
+                    for slot, (step, p) in enumerate(zip(text.task.steps(*pair), probed[i]))]
+        found.append({"problem": text.task.problem(*pair), "answer": answers[i],
+                      "right": answers[i] == text.task.answer(*pair), "thoughts": thoughts})
+    return found
+
 def causal_scores(run, model):
     """What the answer does when thoughts are exchanged: their keys and values, which is all that it sees of them.
 
@@ -1482,7 +1648,7 @@ def causal_scores(run, model):
                "noise": lambda x: F.normalize(torch.randn(x.shape, generator=generator, device=x.device), dim=-1).to(x)
                * x.norm(dim=-1, keepdim=True)}
     for pairs in test_problems(run):
-        D = len(str(pairs[0, 0]))
+        D = run.text.task.length(pairs[0, 0])
         cache, _ = ponder(cfg, run.text, model, pairs, cfg.last)
         own = np.array(answer(run.text, model, cache, D))
         other = np.roll(own, 1)
@@ -1496,7 +1662,7 @@ def causal_scores(run, model):
                     b, a = said == other, said == own
                     for name, whose in (("b", b), ("a", a), ("neither", ~(a | b))):
                         hits["interchange", name] += whose[own != other].tolist()
-                elif kind == "swap":
+                elif kind == "swap" and not cfg.data:
                     a, b, now = (digits_of(texts, D) for texts in (own, other, said))
                     for c in range(D):
                         hits["map", D, slot, c] += (now == b)[:, c][(a != b)[:, c]].tolist()
@@ -1505,16 +1671,33 @@ def causal_scores(run, model):
             "keep_by_slot": {kind: {str(slot): rate(hits["keep", kind, slot]) for slot in slots} for kind in changes},
             "interchange": {name: rate(hits["interchange", name]) for name in ("b", "a", "neither")},
             "map": {str(D): [[rate(hits["map", D, slot, c])["exact"] for c in range(D)] for slot in range(D + 1)]
-                    for D in cfg.digits}}
+                    for D in cfg.digits if not cfg.data}}
+
+def digit_scores(run, coconut, oracle, tested, white):
+    """What oracle, probes and lens find of a thought's digits -> for "probes"; and by layers read: faithfulness()."""
+    runs, layers = [clean for clean, _ in tested], {}
+    for name, view in run.cfg.views.items():
+        probes, shown = load_probes(run, whitener(run, coconut), name, view), lambda x: show(white(x), view)
+        vectors, where = flat(runs, shown)
+        of_all = MODEL_QUESTIONS if len(view) == len(run.cfg.layers) and run.cfg.labels != "gold" else ()
+        found = faithfulness(run, oracle, probes, tested, shown, of_all)
+        found["gold"]["step"] = no_final(score_steps(run.text, ask(run, oracle, vectors, HELD_OUT["step"]), where))
+        for kind, steps in load_json(run.out / "results.json")["probes"]["step_by_layer"].items():
+            found[kind]["step"] = steps[name]
+        layers[name] = found
+    raw, where = flat(runs, lambda readings: readings)
+    fields = {kind: by_field(probe(raw), where) for kind, probe in probes.items()}
+    return {"lens": lens_scores(run, coconut, runs), "by_field": fields}, layers
 
 def evaluate(run):
     """Everything that is measured on the test split -> results.json."""
     cfg, last, own = run.cfg, run.cfg.last, run.cfg.protocol == "own"
     coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
     white, problems = whitener(run, coconut, cfg.whiten), test_problems(run)
-    rng = rng_of(cfg.seed, "patches") if own else None
+    sums = own and not cfg.data
+    rng = rng_of(cfg.seed, "patches") if sums else None
     tested = [think_about(run, coconut, pairs, rng) for pairs in problems]
-    runs = [clean for clean, _ in tested] if own else tested
+    runs = [clean for clean, _ in tested] if sums else tested
     scores = coconut_scores(run, coconut, last)
     sections = {"coconut": {"stages": {"all": scores}, "by_digits": scores["by_digits"],
                             "teacher_forced": scores["teacher_forced"],
@@ -1535,17 +1718,14 @@ def evaluate(run):
             with torch.no_grad(), amp(cfg):
                 losses = [oracle_loss(run, model, *batch_at(i))[0].item() for i in range(10)]
             sections[name]["val_loss"] = float(np.mean(losses))
-        sections["probes"], sections["layers"] = {"lens": lens_scores(run, coconut, runs)}, {}
-        for name, view in cfg.views.items():
-            probes, shown = load_probes(run, whitener(run, coconut), name, view), lambda x: show(white(x), view)
-            vectors, where = flat(runs, shown)
-            of_all = MODEL_QUESTIONS if len(view) == len(cfg.layers) and cfg.labels != "gold" else ()
-            found = faithfulness(run, oracle, probes, tested, shown, of_all)
-            found["gold"]["step"] = no_final(score_steps(run.text, ask(run, oracle, vectors, HELD_OUT["step"]), where))
-            for kind, steps in load_json(run.out / "results.json")["probes"]["step_by_layer"].items():
-                found[kind]["step"] = steps[name]
-            sections["layers"][name] = found
-        sections["causal"] = causal_scores(run, coconut) | {"faithfulness": found}
+        sections["causal"] = causal_scores(run, coconut)
+        if sums:
+            sections["probes"], layers = digit_scores(run, coconut, oracle, tested, white)
+            sections["layers"] = layers
+            sections["causal"]["faithfulness"] = [*layers.values()][-1]
+        firsts = [next(pairs for pairs in problems if run.text.task.length(pairs[0, 0]) == d) for d in cfg.digits]
+        sections["examples"] = [x for pairs in firsts
+                                for x in look(run, readers(run), pairs[:math.ceil(20 / len(firsts))])]
     sections["controls"] = control_scores(run, oracle, runs, white, others)
     sections["oracle"]["coconut_after"] = coconut_scores(run, oracle, last)
     record(run, config=load_json(run.out / "config.json"), env=environment(cfg), **sections)
@@ -1563,33 +1743,39 @@ def tables(results):
     oracles = {name: results[key] for name, key in (("self-oracle", "oracle"), ("LoRA", "lora")) if key in results}
     yield "coconut, held-out problems", ("exact match", "teacher-forced"), {
         **{f"stage {name}": [r, r["teacher_forced"]["exact"]] for name, r in coconut["stages"].items()},
-        **{f"all, {digits} digits": [r, None] for digits, r in coconut["by_digits"].items()},
+        **{f"all, {d} digits": [r, None] for d, r in coconut["by_digits"].items() if len(coconut["by_digits"]) > 1},
         "all, the answer asked for at once": [coconut["no_thoughts"], None],
         "all, after the oracle's training": [results["oracle"]["coconut_after"], None]}
     yield "reading one thought: its step", ("without final slot", "all slots", "operands", "result", "F1"), {
-        name: [no_final(s), *(s[key] for key in ("exact", "operands", "result", "token_f1"))]
+        name: [no_final(s), *(s.get(key) for key in ("exact", "operands", "result", "token_f1"))]
         for name, s in ({name: r["step"] for name, r in oracles.items()} | results["controls"]).items()}
     yield "other questions", oracles, {
         family: [r[family] for r in oracles.values()] for family in [*QUESTIONS][1:] if family in results["oracle"]}
-    if "causal" not in results:
+    if "causal" in results:
+        causal = results["causal"]
+        yield "the answer, with all thoughts replaced", ("",), {
+            **{f"{kind}: it stays the same": [r] for kind, r in causal["keep"].items()},
+            "swap: it is the other problem's": [causal["interchange"]["b"]]}
+    if "layers" not in results:
         return
-    causal, lens, named = results["causal"], results["probes"]["lens"], ("a", "b", "carry", "digit", "step")
-    yield f"probes, n={first['n_no_final']}", named, {
-        **{f"{kind} probe": [results["probes"][kind][name]["exact"] for name in named] for kind in PROBES},
-        **{f"logit lens, layer {layer}, top 5{of.replace('_', ', ')}": [
-            r[name + of]["exact"] if name != "carry" else None for name in named]
-           for layer, r in lens.items() for of in ("", "_shuffled")}}
-    yield "the answer, with all thoughts replaced", ("",), {
-        **{f"{kind}: it stays the same": [r] for kind, r in causal["keep"].items()},
-        "swap: it is the other problem's": [causal["interchange"]["b"]]}
     for D, grid in causal["map"].items():
         yield (f"{D} digits: become the other's, with its", [f"column {c}" for c in range(int(D))],
                {f"thought of slot {slot}": row for slot, row in enumerate(grid)})
+    probes, named = results["probes"], ("a", "b", "carry", "digit", "step")
+    yield f"probes, n={first['n_no_final']}", named, {
+        **{f"{kind} probe": [probes[kind][name]["exact"] for name in named] for kind in PROBES},
+        **{f"logit lens, layer {layer}, top 5{of.replace('_', ', ')}": [
+            r[name + of]["exact"] if name != "carry" else None for name in named]
+           for layer, r in probes["lens"].items() for of in ("", "_shuffled")}}
+    yield "found in the thought of each slot", named[:4], {
+        f"{reader}, slot {slot}": [row[name]["exact"] for name in named[:4]]
+        for reader, rows in (("self-oracle", results["oracle"]["by_field"]), *probes["by_field"].items())
+        for slot, row in rows.items()}
     cases = ("changed by the patch", "patched", "clean", "wrong", "step, no final")
     yield "the digit read is the digit written", cases, {
         f"layer {name}, {reader}": [r["changed"], *(r[case]["exact"] for case in ("patched", "clean", "wrong")),
                                     r["step"]["exact"] if "step" in r else None]
-        for name, readers in results["layers"].items() for reader, r in readers.items()}
+        for name, found in results["layers"].items() for reader, r in found.items()}
 
 def print_table(title, names, rows):
     """rows: name -> cells; a cell is an R, a number, text, or None."""
@@ -1600,21 +1786,99 @@ def print_table(title, names, rows):
     for name, cells in rows.items():
         print(f"  {name:<36}" + "".join(shown(x).rjust(width) for x, width in zip(cells, widths)))
 
-def report(results):
-    """Print the tables, and the first mistakes."""
+def headline(results):
+    """The result in two sentences, with its controls."""
+    best, step, controls = results["coconut"]["stages"]["all"], results["oracle"]["step"], results["controls"]
+    nothing = ", ".join(f"{controls[name]['exact_no_final']:.1%} {what}" for name, what in (
+        ("shuffled_same_slot", "given another problem's thought of the same slot"), ("none", "given no thought"),
+        ("slot_majority", "by always saying the slot's most frequent step")) if name in controls)
+    return (f"With all steps latent, {best['exact']:.1%} of {best['n']} held-out problems are answered right. From one "
+            f"thought the self-oracle reads {step['exact_no_final']:.1%} of {step['n_no_final']} steps word for word; "
+            f"{nothing}.")
+
+def report(run, results):
+    """Print the tables, the first mistakes and the headline; write report.html."""
     for title, names, rows in tables(results):
         print_table(title, names, rows)
     print("\nfirst mistakes of the self-oracle")
     for m in results["oracle"]["mistakes"]:
         print(f"  {m['problem'] + ' slot ' + str(m['slot']):<24} is {m['step']:<26} read as {m['read']}")
-    print(f"\n{results['seconds']['total']:.0f} s in all on {results['env']['device']}")
+    write_text(run.out / "report.html", page(run, results))
+    print(f"\n{headline(results)}\n{results['seconds']['total']:.0f} s in all on {results['env']['device']}. Next:\n"
+          f"  open {run.out / 'report.html'}\n  python cocoracle.py --stage ask --out {run.out}\n"
+          "  python cocoracle.py --bottleneck --labels all --out runs/bottleneck   # do the thoughts matter?")
+
+STYLE = """:root { color-scheme: light dark; --line: light-dark(#ccc, #555); --dim: light-dark(#555, #aaa);
+  --share: light-dark(#8ecae6, #1b6a8f); --wrong: light-dark(#b00020, #ff8a80) }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 1rem }
+h1 + p { font-size: 1.2rem; max-width: 50rem } h2, h3 { margin: 2rem 0 .3rem; font-size: 1.1rem }
+section { overflow-x: auto } table { border-collapse: collapse; font: .85rem/1.4 ui-monospace, monospace }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, table.words td { text-align: left } small, figcaption { color: var(--dim); font-size: .75rem }
+td.share { background: color-mix(in srgb, var(--share) var(--p), transparent); print-color-adjust: exact }
+.wrong { color: var(--wrong); font-weight: bold } svg { overflow: visible; stroke: currentColor; fill: none }
+.curves { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0; width: 13rem }
+td svg { display: block; width: 100%; height: 6px } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+@media print { section { break-inside: avoid } body { font-size: 11px } }"""
+
+def page(run, results):
+    """report.html: everything in results.json and log.jsonl that a person looks at, in one file that needs no other."""
+    e, parts = html.escape, defaultdict(dict)
+    def cell(x):
+        if not isinstance(x, (float, dict)) or isinstance(x, dict) and not x["n"]:
+            return f"<td>{'-' if x is None or isinstance(x, dict) else e(str(x))}"
+        p = x["exact"] if isinstance(x, dict) else x
+        more = ""
+        if isinstance(x, dict):  # the interval, as a whisker
+            low, high = (100 * end for end in x["ci95"])
+            more = (f" <small>[{low / 100:.3f}, {high / 100:.3f}] n={x['n']}</small><svg viewBox='0 0 100 6' "
+                    f"preserveAspectRatio='none'><path d='M{low:.1f} 3H{high:.1f}M{100 * p:.1f} 0V6'/></svg>")
+        return f"<td class=share style='--p:{100 * p:.0f}%'>{p:.3f}{more}"
+    def table(title, names, rows):
+        head = "".join(f"<th scope=col>{e(name)}" for name in (title, *names))
+        body = "".join(f"<tr><th scope=row>{e(name)}{''.join(map(cell, cells))}" for name, cells in rows.items())
+        return f"<section><table><thead><tr>{head}<tbody>{body}</table></section>"
+    def curve(part, lines):
+        """Share right (solid) and loss (dashed, of its highest) of training batches over the steps of a part."""
+        top = max(line["loss"] for line in lines) or 1
+        exact, loss = (" ".join(f"{100 * line['step'] / line['steps']:.1f},{50 - 50 * line[key] / most:.1f}"
+                                for line in lines) for key, most in (("exact", 1), ("loss", top)))
+        return (f"<figure><svg viewBox='0 0 100 50' role=img aria-label='{e(part)}'><path d='M0 0V50H100' "
+                f"stroke='gray'/><polyline points='{exact}'/><polyline points='{loss}' stroke-dasharray='2' "
+                f"stroke='gray'/></svg><figcaption><b>{e(part)}</b>, {lines[-1]['steps']} steps: right "
+                f"{lines[-1]['exact']:.3f}, loss {lines[-1]['loss']:.3f} (highest {top:.2f})</figcaption></figure>")
+    def example(found):
+        rows = "".join(
+            f"<tr><td>{slot}<td>{e(t['step'])}<td{' class=wrong' * (t['oracle'] != t['step'])}>"
+            f"{'✗ ' * (t['oracle'] != t['step'])}{e(t['oracle'])}<td>{e(probe_words(t))}<td>{e(' '.join(t['lens']))}"
+            f"<td>{e(t['with_another'])}" for slot, t in enumerate(found["thoughts"]))
+        mark = "✓ right" if found["right"] else "<span class=wrong>✗ wrong</span>"
+        return (f"<section><h3>{e(found['problem'])} = {e(found['answer'])} {mark}</h3><table class=words><tr><th>slot"
+                f"<th>step<th>the oracle reads<th>MLP probe<th>logit lens<th>answer with another's thought{rows}"
+                "</table></section>")
+    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
+        parts[line["part"]][line["step"]] = line  # after a resume, steps are there twice
+    wrong = sorted(results.get("examples", ()), key=lambda x: (
+        x["right"], -sum(t["oracle"] != t["step"] for t in x["thoughts"])))
+    tables_of = "".join(table(*t) for t in tables(results))
+    command = " ".join(["python cocoracle.py --out", str(run.out), *changed_flags(run.cfg)])
+    return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>
+<title>cocoracle: {e(str(run.out))}</title><style>{STYLE}</style><h1>cocoracle</h1><p>{e(headline(results))}</p>
+<p><small>{e(results['env']['device'])}, PyTorch {e(results['env']['torch'])}, {results['seconds']['total']:.0f} s.
+Rates are shares of held-out problems or readings, with Wilson 95% intervals; the more colour, the higher.</small></p>
+{tables_of}<h2>{len(wrong)} held-out problems, thought by thought</h2><p><small>Drawn before they were answered; those
+with mistakes stand first.</small></p>{''.join(map(example, wrong))}
+<h2>Training</h2><p><small>Share of a training batch that is right (solid), loss (dashed).</small></p><div class=curves>
+{''.join(curve(part, [lines[step] for step in sorted(lines)]) for part, lines in parts.items())}</div>
+<h2>Again</h2><pre>{e(command)}</pre><pre>{e(json.dumps(results['config']))}</pre></html>
+"""
 
 # -----------------------------------------------------------------------------------------------------------
 # 12. Stages and command line
-HELP = """347+285         a sum: its answer and its thoughts; last, the answer with another problem's thought in place
+HELP = """347+285         a sum (with --data: the number of a problem): its answer and its thoughts
 random          the same of a held-out problem
 ? 2 QUESTION    ask the oracle about the thought of slot 2, in your own words
-swap 1 58+67    give the last sum the thought that 58+67 has in slot 1"""
+swap 1 58+67    give the last problem the thought that 58+67 has in slot 1"""
 
 def lines_of(prompt):
     """What is typed, with history, until Ctrl-D; Ctrl-C drops a line. Or the lines of a file."""
@@ -1634,55 +1898,33 @@ def lines_of(prompt):
 
 def responder(run):
     """-> function of a line, see HELP, that gives what it asks for (a dict) or raises UserError."""
-    cfg, text = run.cfg, run.text
-    coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
-    white, rng, last = whitener(run, coconut, cfg.whiten), np.random.default_rng(), None
-    probe = load_probes(run, whitener(run, coconut), *[*cfg.views.items()][-1])["mlp"]
-    def think_of(a, b, other=None):
-        """-> caches of a + b and of another problem, and the readings of a + b (slots, L+1, C)."""
-        for a, b in filter(None, (other, (a, b))):
-            if len(a) != len(b) or len(a) not in cfg.digits or "0" in (a[0], b[0]):
-                lengths = " or ".join(map(str, cfg.digits))
-                raise UserError(f"{a[:20]}+{b[:20]}: this model adds two numbers of {lengths} digits")
-        pairs = np.array([(a, b), other or draw(rng, TEST, len(a), 1)[0]], dtype=np.int64)
-        cache, read = ponder(cfg, text, coconut, pairs, cfg.last, read=range(len(coconut.h) + 1))
-        return cache, read[0, cfg.thoughts_per_slot - 1::cfg.thoughts_per_slot].float()
-    def with_another(cache, D, slot):
-        at = thoughts_of(cfg, D, slot)
-        return answer(text, coconut, exchange(cache, cache.map(lambda x: x.roll(1, 0)), at), D)[0]
+    cfg, task, rng, last = run.cfg, run.text.task, np.random.default_rng(), None
+    models = coconut, oracle, white, _ = readers(run)
     def respond(line):
         nonlocal last
-        problem, question = (re.fullmatch(form, line, re.ASCII) for form in (
-            r"(?:swap +(\d{1,9}) +)?(\d+) *\+ *(\d+)", r"\? *(\d{1,9}) +(.+)"))
-        swap, a, b = problem.groups() if problem else [None] * 3
-        if line == "random":
-            a, b = map(str, draw(rng, TEST, int(rng.choice(cfg.digits)), 1)[0])
-        if (swap or question) and (not last or int(swap or question[1]) >= len(last[2])):
-            raise UserError(f"{line[:40]}: there is no such slot" if last else f"{line[:40]}: type a sum first")
+        given, question = (re.fullmatch(form, line, re.ASCII) for form in (
+            rf"(?:swap +(\d{{1,9}}) +)?{task.form}", r"\? *(\d{1,9}) +(.+)"))
+        swap = given and given[1]
+        slot = int(swap or question[1]) if swap or question else 0
+        if (swap or question) and (not last or slot > task.length(last[0])):
+            raise UserError(f"{line[:40]}: there is no such slot" if last else f"{line[:40]}: type a problem first")
         if question:
-            slot = int(question[1])
             if len(question[2]) > 100 or any(name in question[2] for name in SPECIAL):
                 raise UserError(f"{question[2][:40]}...: ask in at most 100 characters, without special tokens")
-            said = ask(run, oracle, white(last[2][slot])[None], question[2])[0]
-            return {"slot": slot, "question": question[2], "oracle": said}
+            vectors = white(think_about(run, coconut, np.array([last])).readings[0, slot])[None]
+            return {"slot": slot, "question": question[2], "oracle": ask(run, oracle, vectors, question[2])[0]}
+        if not given and line != "random":
+            raise UserError(f"{line[:40]}: type {task.example}, or random, ? 2 QUESTION, swap 1 PROBLEM")
+        pair = task.typed(*given.groups()[1:]) if given else task.draw(rng, TEST, int(rng.choice(cfg.digits)), 1)[0]
         if swap:
-            if len({len(a), len(b), len(last[0])}) > 1:
-                raise UserError(f"{line}: {a}+{b} is not of the length of {'+'.join(last[:2])}")
-            cache, readings = think_of(*last[:2], (a, b))
-            return {"slot": int(swap), "of": f"{a}+{b}", "in": "+".join(last[:2]),
-                    "before": answer(text, coconut, cache, len(a))[0],
-                    "after": with_another(cache, len(a), int(swap))}
-        if not a:
-            raise UserError(f"{line[:40]}: type a sum as 347+285, or random, ? 2 QUESTION, swap 1 58+67")
-        cache, readings = think_of(a, b)
-        last, said = (a, b, readings), answer(text, coconut, cache, len(a))[0]
-        top = coconut.logits(coconut.ln_f(readings[:, cfg.layers[-1]])).topk(5).indices.tolist()
-        probed = [dict(zip(PROBED, found)) for found in probe(readings[:-1]).tolist()] + [None]  # not of the final slot
-        told = zip(steps_of(int(a), int(b)), ask(run, oracle, white(readings), HELD_OUT["step"]), probed, top)
-        return {"problem": f"{a}+{b}", "answer": said, "right": said == str(int(a) + int(b)), "thoughts": [
-            {"step": step, "oracle": read, "probe": found, "lens": [text.show([i]) for i in tokens],
-             "with_another": with_another(cache, len(a), slot)}
-            for slot, (step, read, found, tokens) in enumerate(told)]}
+            of, into = (task.problem(*x) for x in (pair, last))
+            if task.length(pair[0]) != task.length(last[0]):
+                raise UserError(f"{line}: {of} is not of the length of {into}")
+            found = look(run, models, np.array([last, pair]))[0]
+            return {"slot": slot, "of": of, "in": into, "before": found["answer"],
+                    "after": found["thoughts"][slot]["with_another"]}
+        last = tuple(map(int, pair))
+        return look(run, models, np.array([last, task.draw(rng, TEST, task.length(last[0]), 1)[0]]))[0]
     return respond
 
 def watch(run):
@@ -1703,6 +1945,9 @@ def watch(run):
     if errors and not sys.stdin.isatty():
         raise UserError(f"{errors} of the lines were not understood: see above")
 
+def probe_words(thought):
+    return "{a}+{b}+{carry}".format(**thought["probe"]) if thought["probe"] else ""
+
 def in_words(found):
     """What watch() found, for a terminal of 80 columns; what differs from the step is marked."""
     if "thoughts" not in found:
@@ -1711,9 +1956,9 @@ def in_words(found):
     rows = [f"{found['problem']} = {found['answer']}, {'right' if found['right'] else red + 'wrong' + plain}",
             f"{'slot':<5}{'step':<26}{'the oracle reads':<25}{'probe':<7}{'lens':<8}other's"]
     for slot, t in enumerate(found["thoughts"]):
-        wrong, probe = t["oracle"] != t["step"], "{a}+{b}+{carry}".format(**t["probe"]) if t["probe"] else ""
+        wrong = t["oracle"] != t["step"]
         rows.append(f"{slot:<5}{t['step']:<25}{red * wrong}{' !'[wrong]}{t['oracle'][:24]:<25}{plain * wrong}"
-                    f"{probe:<7}{' '.join(map(str.strip, t['lens'][:3]))[:7]:<8}{t['with_another']}")
+                    f"{probe_words(t):<7}{' '.join(map(str.strip, t['lens'][:3]))[:7]:<8}{t['with_another']}")
     return "\n".join(rows)
 
 def seconds_of(device, call):
@@ -1749,7 +1994,7 @@ def bench(run):
     peak = 2 * n**3 / seconds_of(cfg.device, lambda: a @ b)[0]
     model = new_model(run)
     batch_at = oracle_batches(run, model, TRAIN, "bench", B)
-    pairs = draw(rng_of(cfg.seed, "bench"), VALIDATION, digits, B)
+    pairs = text.task.draw(rng_of(cfg.seed, "bench"), VALIDATION, digits, B)
     def coconut(k):
         return lambda step, rows: coconut_step(run, model, step, k, "bench", B, rows=rows)
     def one_by_one(step, rows):  # as the seed trains
@@ -1816,6 +2061,7 @@ def export(run):
             gpt2_weights.write_transformers(run.out / "export" / name, weights, config, bpe, text.pattern, special)
             print(f"exported {run.out / 'export' / name}")
 
+TOOK = {"tiny": "7 minutes with the default settings on 2 cores of an AMD EPYC"}
 PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracle,
          "lora": partial(train_oracle, name="lora"), "eval": evaluate}
 NEEDS = {"probes": ("coconut",), "oracle": ("coconut",), "lora": ("coconut", "base"), "export": ("coconut",),
@@ -1847,7 +2093,7 @@ def check(cfg, parts, world=1):
            f"--prior {cfg.prior} has no coconut.safetensors: name the directory of a finished run")
     refuse(cfg.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda: torch finds no GPU: use --device cpu, or install a CUDA build of torch")
-    refuse(4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,  # 13: longest step and <sep>
+    refuse(not cfg.data and 4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,  # 13: longest step and <sep>
            f"{cfg.positions} positions do not hold {max(cfg.digits)} digits with {cfg.thoughts_per_slot} thoughts a "
            "slot: lower --digits or --thoughts-per-slot")
     refuse(world > 1 and cfg.stage in ("ask", "bench", "export"),
@@ -1856,12 +2102,14 @@ def check(cfg, parts, world=1):
     refuse(cfg.resume and cfg.force, "--resume keeps finished parts and --force trains them again: choose one")
     refuse(cfg.resume and not (out / "config.json").exists(),
            f"--resume: there is no run in {out}: leave --resume out to start one")
-    for need in NEEDS.get(cfg.stage, ()) if own else ():
+    refuse(cfg.data and cfg.stage == "probes", "--stage probes is for sums: leave it out with --data")
+    skipped = ("probes",) if cfg.data else ()
+    for need in [part for part in NEEDS.get(cfg.stage, ()) if own and part not in skipped]:
         refuse(not done(need), f"--stage {cfg.stage} needs {out / need}.safetensors: "
                f"run --stage {'coconut' if need == 'base' else need} --out {out} first")
     measured = load_json(out / "results.json")
     for part in ("coconut", "probes") if cfg.stage == "eval" and own else ():  # these are measured as they are trained
-        refuse(part not in measured, f"{out / 'results.json'} lacks the {part} part: restore it, or train with --force")
+        refuse(part not in measured and part not in skipped, f"{out / 'results.json'} lacks the {part} part: restore it, or train with --force")
     found = [part for part in parts if done(part)] + ["last.pt"] * ("coconut" in parts and (out / "last.pt").exists())
     refuse(found and not cfg.resume and not cfg.force,
            f"{out} already has a run ({found and found[0]}): --resume goes on, --force trains it again, another --out "
@@ -1870,7 +2118,13 @@ def check(cfg, parts, world=1):
 def open_run(cfg, parts, rank, world):
     """Make the directory, clear what is to be trained again, write config.json -> Run. Raises UserError."""
     out = Path(cfg.out)
-    text = Text(read_bpe(released(cfg, gpt2_weights.BPE_FILES)) if cfg.pretrained else None, cfg.protocol == "seed")
+    task = read_problems(cfg.data) if cfg.data else Sums(cfg.digits, cfg.protocol == "seed")
+    text = Text(read_bpe(released(cfg, gpt2_weights.BPE_FILES)) if cfg.pretrained else None, task)
+    for n, (question, steps, said) in enumerate(task.items):
+        tokens = len(text.ids(question)) + sum(len(text.ids(step)) + 1 for step in steps) + len(text.ids(said)) + 3
+        if tokens + len(steps) * (cfg.thoughts_per_slot + 1) > cfg.positions:
+            raise UserError(f"--data {cfg.data}: problem {n} has {tokens} tokens, {cfg.model} has {cfg.positions} "
+                            "positions: leave it out")
     run = Run(cfg, text, out, rank, world)
     if rank or cfg.stage in ("ask", "bench"):
         return run
@@ -1881,7 +2135,8 @@ def open_run(cfg, parts, rank, world):
         if cfg.resume and (out / "log.jsonl").exists():  # the last line may have been cut short
             write_text(out / "log.jsonl", "".join(re.findall(r".*\n", (out / "log.jsonl").read_text())))
         if not cfg.resume:
-            names = [f"{part}.safetensors" for part in ("base", *PARTS)] + ["last.pt", "results.json", "log.jsonl"]
+            names = [f"{part}.safetensors" for part in ("base", *PARTS)]
+            names += ["last.pt", "results.json", "log.jsonl", "report.html"]
             for name in names if "coconut" in parts else [f"{part}.safetensors" for part in parts]:
                 (out / name).unlink(missing_ok=True)
         write_text(out / "config.json", json.dumps(knobs(cfg), indent=1) + "\n")
@@ -1903,7 +2158,7 @@ def processes(device):
 
 def main(argv=None):
     cfg = parse(argv)
-    parts = list(PARTS) if cfg.stage == "all" else [cfg.stage]
+    parts = [part for part in PARTS if not (cfg.data and part == "probes")] if cfg.stage == "all" else [cfg.stage]
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     cfg = dataclasses.replace(cfg, device=device, dtype=dtype,
@@ -1920,7 +2175,9 @@ def main(argv=None):
     size = sum(map(math.prod, shapes_of(cfg, run.text).values()))
     if not rank and not cfg.json:
         print(f"cocoracle {cfg.stage} | {cfg.model}, {size:,} parameters | {environment(cfg)['device']}, {cfg.dtype} | "
-              f"digits {', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}")
+              f"{cfg.data or 'digits ' + ', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}")
+    if cfg.stage == "all" and not rank:
+        print(f"{', '.join(parts)}: {TOOK.get(cfg.model, 'not timed yet')}; figures and report.html go to {cfg.out}")
     if cfg.stage in ("ask", "bench", "export"):
         return {"ask": watch, "bench": bench, "export": export}[cfg.stage](run)
     for part in parts:
@@ -1932,7 +2189,7 @@ def main(argv=None):
             record(run, seconds={part: time.time() - begin})
     if "eval" in parts and not rank:
         seconds = load_json(run.out / "results.json")["seconds"]
-        report(record(run, seconds={"total": sum(seconds[part] for part in PARTS if part in seconds)}))
+        report(run, record(run, seconds={"total": sum(seconds[part] for part in PARTS if part in seconds)}))
 
 def command_line(argv=None):
     """main(), with mistakes and interruptions told in one line. -> the exit code."""

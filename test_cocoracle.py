@@ -40,7 +40,7 @@ from gpt2_weights import WeightsError
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 HERE = Path(__file__).parent
-TEXT = co.Text()
+TEXT = co.Text(task=co.Sums(tuple(range(2, 9))))
 CFG = co.Config(device="cpu", dtype="float32", compile=False)
 
 def run_of(out="nowhere", **changes):
@@ -184,7 +184,7 @@ def test_splits_are_disjoint():
     drawn = []
     for s, part in ((co.TRAIN, 0.85), (co.VALIDATION, 0.05), (co.TEST, 0.10)):
         assert abs((split == s).mean() - part) < 0.02
-        pairs = np.concatenate([co.draw(co.rng_of(0, "t", d), s, d, 500) for d in (2, 3, 4)])
+        pairs = np.concatenate([TEXT.task.draw(co.rng_of(0, "t", d), s, d, 500) for d in (2, 3, 4)])
         assert (co.split_of(*pairs.T) == s).all() and len(pairs) == 1500
         drawn.append({tuple(sorted(p)) for p in pairs.tolist()})
     assert not drawn[0] & drawn[1] and not drawn[0] & drawn[2] and not drawn[1] & drawn[2]
@@ -192,7 +192,7 @@ def test_splits_are_disjoint():
 @pytest.mark.parametrize("digits", [3, 4, 5, 6, 7, 8])
 def test_no_problem_is_trained_and_tested_on(digits):
     """Of 100,000 problems drawn for each split, none is in two of them, whichever way round it is written."""
-    drawn = [co.draw(co.rng_of(digits, split), split, digits, 100_000) for split in (co.TRAIN, co.VALIDATION, co.TEST)]
+    drawn = [TEXT.task.draw(co.rng_of(digits, split), split, digits, 100_000) for split in (co.TRAIN, co.VALIDATION, co.TEST)]
     keys = [np.unique(pairs.min(1) * 10**digits + pairs.max(1)) for pairs in drawn]
     assert all(len(pairs) == 100_000 and (co.split_of(*pairs.T) == split).all() for split, pairs in enumerate(drawn))
     assert len(np.unique(np.concatenate(keys))) == sum(map(len, keys))
@@ -201,7 +201,7 @@ def test_data_is_frozen():
     """A seed gives the same problems, questions and order on every machine: digests of what a run is trained on."""
     run, told = run_of(), hashlib.sha256()
     for step in range(3):
-        told.update(co.draw(co.rng_of(0, "coconut 0", step), co.TRAIN, 3, 64).astype("<i8").tobytes())
+        told.update(TEXT.task.draw(co.rng_of(0, "coconut 0", step), co.TRAIN, 3, 64).astype("<i8").tobytes())
     batch_at = co.oracle_batches(run, tiny(), co.TRAIN, "oracle", 32)
     for step in range(3):
         told.update(json.dumps(batch_at(step)[:2]).encode())
@@ -229,8 +229,9 @@ def test_no_problem_is_alone_in_its_batch():
 
 def test_all_training_data_is_from_the_training_split(monkeypatch):
     """What the coconut, oracles, probes and baselines learn from is drawn from the training split alone."""
-    seen, real = [], co.draw
-    monkeypatch.setattr(co, "draw", lambda rng, split, *a, **k: (seen.append(split), real(rng, split, *a, **k))[1])
+    seen, real = [], co.Sums.draw
+    monkeypatch.setattr(co.Sums, "draw", lambda task, rng, split, *a, **k: (
+        seen.append(split), real(task, rng, split, *a, **k))[1])
     run = run_of(labels="all")
     co.coconut_step(run, tiny(), 0, 2, "coconut 2", 8, explain=1.0)
     batch_at = co.oracle_batches(run, tiny(), co.TRAIN, "oracle", 64)
@@ -632,7 +633,7 @@ def test_whitened_readings_are_the_same_readings():
     x = torch.cat([raw[:, 0].double(), torch.ones(len(white), 1)], 1)
     zca = torch.linalg.lstsq(x, white).solution  # the affine map that takes readings to whitened ones
     assert (x @ zca - white).abs().max() < 1e-2
-    train = [co.draw(co.rng_of(CFG.seed, "whiten", d), co.TRAIN, d, 1000) for d in CFG.digits]
+    train = [TEXT.task.draw(co.rng_of(CFG.seed, "whiten", d), co.TRAIN, d, 1000) for d in CFG.digits]
     cov = torch.cov(readings(run_of(), train, co.whitener(run_of(), model, False))[:, 0].T).double()
     cov += 1e-6 * torch.linalg.eigvalsh(cov).max() * torch.eye(96)
     assert (zca[:-1] @ cov @ zca[:-1] - torch.eye(96)).abs().max() < 0.1  # a symmetric inverse root
@@ -712,7 +713,7 @@ def test_explained_thoughts_are_asked_for_their_own_step(monkeypatch, k):
     co.coconut_step(run, model, 3, k, "coconut", 32, explain=1.0)
     rng = co.rng_of(run.cfg.seed, "coconut", 3)
     rng.choice(run.cfg.digits)
-    pairs, (targets, vectors), readings, slots = co.draw(rng, co.TRAIN, 3, 32), asked, lived[0][2], set()
+    pairs, (targets, vectors), readings, slots = TEXT.task.draw(rng, co.TRAIN, 3, 32), asked, lived[0][2], set()
     assert readings.shape == (32, 2 * k, 1, 96)
     for i, (a, b) in enumerate(pairs.tolist()):
         thought = (readings[i] == vectors[i]).flatten(1).all(1).nonzero().item()
@@ -846,7 +847,7 @@ def test_controls_use_the_wrong_vectors(monkeypatch):
     runs, white = [co.think_about(run, model, p) for p in co.test_problems(run_of(eval_problems=100))], \
         co.whitener(run, model, False)
     vectors, where = co.flat(runs, white)
-    steps = [TEXT.steps(a, b)[slot] for a, b, slot in where]
+    steps = [TEXT.task.steps(a, b)[slot] for a, b, slot in where]
     monkeypatch.setattr(co, "ask", lambda run, oracle, v, q: asked.append((v, q)) or steps)
     other = tiny(3, std=0.1)
     theirs = co.flat([co.think_about(run, other, r.pairs) for r in runs], co.whitener(run, other))[0]
@@ -872,7 +873,7 @@ def test_step_scores():
     gold = ["7+5=12 write 2 carry 1", "4+8+1=13 write 3 carry 1", "3+2+1=6 write 6", "carry 0"]
     said = ["7+5=12 write 2 carry 1", "4+8=13 write 3 carry 1", "3+2+1=6 write 5", "carry 0"]
     s = co.score_steps(TEXT, said, [(347, 285, slot) for slot in range(4)])
-    assert gold == TEXT.steps(347, 285)
+    assert gold == TEXT.task.steps(347, 285)
     assert s["exact"] == 0.5 and s["n"] == 4 and s["n_no_final"] == 3
     assert abs(s["exact_no_final"] - 1 / 3) < 1e-9
     assert abs(s["operands"] - 2 / 3) < 1e-9 and abs(s["result"] - 2 / 3) < 1e-9
@@ -1044,7 +1045,7 @@ def test_whole_run_in_miniature(mini):
     """`--stage all` leaves every file and every figure of the design, with n and interval beside each rate."""
     out, printed = mini
     assert {"config.json", "base.safetensors", "coconut.safetensors", "oracle.safetensors", "lora.safetensors",
-            "probes.safetensors", "last.pt", "log.jsonl", "results.json"} == {p.name for p in out.iterdir()}
+            "probes.safetensors", "last.pt", "log.jsonl", "results.json", "report.html"} == {p.name for p in out.iterdir()}
     r = json.loads((out / "results.json").read_text())
     assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "4", "all"]
     assert set(r["coconut"]["by_digits"]) == {"2", "3"} and r["coconut"]["teacher_forced"]["n"] == 24
@@ -1211,6 +1212,102 @@ def test_watching_it_think(mini, monkeypatch):
     assert "\033" in co.in_words(first | {"right": False})
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\033" not in co.in_words(first | {"right": False})
+
+def test_report_page(mini, tmp_path):
+    """report.html is one file that asks for nothing: the headline, every table, the curves, twenty problems."""
+    out, printed = mini
+    page, results = (out / "report.html").read_text(), json.loads((out / "results.json").read_text())
+    assert not re.search(r"https?:|<script|<link|src=|url\(", page) and co.html.escape(co.headline(results)) in page
+    assert co.headline(results) in printed and f"{results['coconut']['stages']['all']['exact']:.1%}" in printed
+    for title, names, rows in co.tables(results):
+        assert all(f"<th scope=col>{co.html.escape(name)}" in page for name in (title, *names))
+        assert all(f"<th scope=row>{co.html.escape(name)}" in page for name in rows)
+    assert len(results["examples"]) == 20 == page.count("<h3>") and page.count("<figure>") == 10
+    marks = re.findall(r"✓ right|✗ wrong", page)
+    assert marks == sorted(marks, reverse=True) and marks.count("✓ right") == sum(x["right"] for x in results["examples"])
+    misread = sum(t["oracle"] != t["step"] for x in results["examples"] for t in x["thoughts"])
+    assert page.count("<td class=wrong>✗ ") == misread > 0
+    # the same examples as asking for them one by one, but for whose thoughts are put in place
+    cfg = replace(co.parse(["--stage", "eval", "--out", str(out)]), device="cpu", dtype="float32", compile=False)
+    run = co.Run(cfg, TEXT, out)
+    a, b = map(int, results["examples"][12]["problem"].split("+"))
+    found = co.look(run, co.readers(run), pairs_of((a, b), (123, 456)))[0]
+    for name in ("step", "oracle", "probe", "lens"):
+        assert [t[name] for t in found["thoughts"]] == [t[name] for t in results["examples"][12]["thoughts"]]
+    # markup in what a user brings stays text
+    results["examples"][0]["problem"] = "<b>&"
+    (tmp_path / "log.jsonl").write_text((out / "log.jsonl").read_text())
+    assert "<h3>&lt;b&gt;&amp; =" in co.page(run._replace(out=tmp_path), results)
+
+def test_found_by_slot_and_field():
+    """Digits found are compared with the columns of their own slot; final slots are left out."""
+    where = [(47, 85, 0), (47, 85, 1), (47, 85, 2), (11, 22, 0)]  # 7+5=12, 4+8+1=13, carry 1; 1+2=3
+    found = [(7, 5, 0, 2, 9), (4, 8, 0, 3, 9), (-1, -1, -1, -1, 9), (1, 3, 0, 3, 9)]
+    fields = co.by_field(found, where)
+    assert {s: {f: r["exact"] for f, r in row.items()} for s, row in fields.items()} == {
+        "0": {"a": 1, "b": 0.5, "carry": 1, "digit": 1}, "1": {"a": 1, "b": 1, "carry": 0, "digit": 1}}
+    assert fields["0"]["a"]["n"] == 2 and fields["1"]["a"]["n"] == 1
+
+CHAINS = [{"question": f"start at {a}" + "".join(f", add {n}" for n in more), "answer": str(a + sum(more)), "steps": [
+              f"{a + sum(more[:i])} and {n} make {a + sum(more[:i + 1])}" for i, n in enumerate(more)]}
+          for a in range(20) for more in ([1], [2, 3], [3, 1, 2])]
+
+def test_problems_of_your_own(tmp_path):
+    """--data: a file of problems is trained on, read and measured, with slots from the longest, and without what is of
+    sums alone; a changed file is told."""
+    data, out = tmp_path / "chains.json", tmp_path / "run"
+    data.write_text(json.dumps(CHAINS))
+    done = cli(*MINI, "--data", data, "--out", out)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    problems = co.read_problems(str(data))
+    held_out = [i for i in range(60) if problems.split[i] == co.TEST]
+    assert problems.lengths == (2,) and results["coconut"]["stages"]["all"]["n"] == len(held_out) > 1
+    assert results["oracle"]["step"]["n"] == 3 * len(held_out)
+    assert results["oracle"]["step"]["n_no_final"] == sum(len(CHAINS[i]["steps"]) for i in held_out)
+    assert not {"probes", "layers"} & set(results) and set(results["causal"]["keep"]) == {"mean", "swap", "noise"}
+    assert {x["problem"] for x in results["examples"]} == {CHAINS[i]["question"] for i in held_out}
+    assert "operands" not in results["oracle"]["step"] and "start at" in (out / "report.html").read_text()
+    told = subprocess.run([sys.executable, "cocoracle.py", "--stage", "ask", "--json", "--out", str(out)], cwd=HERE,
+                          input="7\nswap 1 8\n? 0 What is the answer?\n60\n1+1", capture_output=True, text=True, check=False)
+    first, swapped, asked = map(json.loads, told.stdout.splitlines())
+    assert first["problem"] == CHAINS[7]["question"] and [t["step"] for t in first["thoughts"]] == CHAINS[7]["steps"] + [""]
+    assert swapped["of"] == CHAINS[8]["question"] and asked["slot"] == 0 and told.stderr.count("error: ") == 3
+    data.write_text(json.dumps(CHAINS[:59]))
+    done = cli("--stage", "eval", "--out", out)
+    assert done.returncode == 2 and "has changed since" in done.stderr and done.stderr.count("\n") == 1
+
+def test_a_file_of_problems_as_a_batch(tmp_path):
+    """Its problems become prefix, steps and answer token by token; short ones end in empty steps; splits are apart."""
+    data = tmp_path / "chains.json"
+    data.write_text(json.dumps(CHAINS))
+    task = co.read_problems(str(data))
+    text = co.Text(task=task)
+    batch = co.make_batch(text, pairs_of((1, 0), (0, 0)), 3)
+    assert text.enc.decode(batch.prefix[0].tolist()) == "start at 0, add 2, add 3<bot>0 and 2 make 2<sep>2 and 3 make 5<sep><sep>"
+    assert text.show(batch.answer_target[0].tolist()) == "5" and not batch.valid[1].all() and batch.valid[0].all()
+    assert task.steps(0, 0) == ["0 and 1 make 1", "", ""] and text.step_tokens == len(text.ids("19 and 3 make 22")) + 1
+    assert text.ids(" make") and len(text.ids(" make")) == 1 and text.answer_tokens == {2: 2}
+    drawn = [set(task.draw(co.rng_of(0), split, 2, 500)[:, 0].tolist()) for split in range(3)]
+    assert set.union(*drawn) == set(range(60)) and sum(map(len, drawn)) == 60
+    distinct = task.draw(co.rng_of(0), co.TRAIN, 2, 1000, distinct=True)[:, 0].tolist()
+    assert len(distinct) == len(set(distinct)) == len(drawn[0])
+    where = [(1, 0, slot) for slot in range(3)]
+    score = co.score_steps(text, ["start", task.steps(1, 0)[1], ""], where)
+    assert (score["exact"], score["exact_no_final"], score["n_no_final"]) == (2 / 3, 0.5, 2)
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]", "[1]", json.dumps(CHAINS[:3]), '[{"question": "q"}]', json.dumps([{
+    "question": "q", "steps": [], "answer": "a"}] * 100), json.dumps([{"question": "q <act>", "steps": ["s"], "answer": "a"}]),
+    json.dumps([{"question": "q", "steps": ["s"], "answer": 7}] * 100), "[" * 100000,
+    json.dumps([*CHAINS, {"question": "q " * 300, "steps": ["s"], "answer": "a"}])])
+def test_wrong_files_of_problems(tmp_path, content):
+    """A --data file that cannot be used is refused in one line, and nothing is written."""
+    data = tmp_path / "data.json"
+    if content is not None:
+        data.write_text(content)
+    with pytest.raises(co.UserError, match="--data .*data.json") as told:
+        co.main(["--data", str(data), "--out", str(tmp_path / "run"), "--device", "cpu"])
+    assert "\n" not in str(told.value) and not (tmp_path / "run").exists()
 
 TORTURE = 50 if os.environ.get("COCORACLE_LONG") == "torture" else 3
 
@@ -1458,7 +1555,7 @@ def released(tmp_path_factory):
 
 def released_run(directory, out, model="gpt2", **changes):
     cfg = replace(CFG, model=model, weights=str(directory), out=str(out), **changes)
-    return co.Run(cfg, co.Text(gw.read_bpe(directory), cfg.protocol == "seed"), Path(out))
+    return co.Run(cfg, co.Text(gw.read_bpe(directory), co.Sums(cfg.digits, cfg.protocol == "seed")), Path(out))
 
 def peak_bytes(code, *args):
     """Most memory that a fresh process running this code ever held (ru_maxrss would count its parent's, too)."""
@@ -1668,7 +1765,7 @@ def test_seed_protocol_equals_plain_transformers(seed_files, monkeypatch):
     """Prefix, thoughts, readings, injected logits and greedy text are those of the seed's own way, on its format."""
     seed, args, directory = seed_files
     cfg = replace(co.parse(args), device="cpu", dtype="float32", compile=False)
-    run = co.Run(cfg, co.Text(gw.read_bpe(directory), seed=True), directory / "run")
+    run = co.Run(cfg, co.Text(gw.read_bpe(directory), co.Sums((2, 3, 4), True)), directory / "run")
     coconut, oracle = co.load_model(run, "coconut"), co.load_model(run, "oracle")
     assert (cfg.layers, cfg.into_layers, cfg.scale, cfg.digits, cfg.whiten) == ((19,), (18,), 2.0, (2, 3, 4), False)
     first, write = [], co.write
@@ -2618,7 +2715,7 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ("targets = [model_says(runs[of], *cell", "targets = [model_says(runs[0], *cell", "batch_pairs"),
     ("[[r in view] for r", "[[r not in view] for r", "several"),
     (".rsqrt()) @ axes.T", ".rsqrt())", "whitened"),
-    ("text.steps(a, b)[text_slots + i]", "text.steps(a, b)[i]", "explained"),
+    ("text.task.steps(a, b)[text_slots + i]", "text.task.steps(a, b)[i]", "explained"),
     # controls, scores, causal tests
     ('"none": torch.zeros_like', '"none": torch.clone', "controls"),
     ('"shuffled": lambda v: v.roll((1, 1), (0, 1))', '"shuffled": lambda v: v.roll(1, 0)', "controls"),
