@@ -26,7 +26,8 @@ D digits of an operand, K thoughts, N readings, R layers read, A vectors injecte
   layer l   the residual stream after l blocks; 0 is what enters the first block
   reading   the residual stream of one thought at the layers read
 
-It does not: sample (every answer is greedy), batch problems of different lengths, or train on text of your own.
+It does not: sample (every answer is greedy), batch sums of different lengths, or train on anything but problems that
+are solved in steps (sums, or a file of your own: --data).
 """
 
 import argparse
@@ -38,6 +39,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -125,7 +127,7 @@ class Config:
     # data
     data: str = opt("", "a file of problems of your own in place of sums, as Coconut has them: a JSON list of "
                     '{"question", "steps", "answer"}')
-    data_crc: int = opt(0, argparse.SUPPRESS, type=int)  # of that file; to tell when it has changed
+    data_crc: int = opt(0, "checksum of that file; filled in, to tell when it has changed", type=int)
     digits: tuple = opt((2, 3), "operand lengths, as `2,3` or `2-4`", type=digits_arg)
     thoughts_per_slot: int = opt(1, "thoughts in place of one text step", type=COUNT)
     thoughts: str = opt("hidden", "what a thought is fed: the last hidden state, or one learned vector (a control)",
@@ -221,7 +223,7 @@ SEED = {"model": "gpt2-large", "digits": (2, 3, 4), "whiten": False}
 # What a later part may set for itself; everything else is as it was when the run's coconut was trained.
 OWN = {"probes": ("probe_problems", "train_probes"), "oracle": ("train_oracle", "rehearsal", "labels", "families"),
        "lora": ("train_lora", "lora_rank")}
-ANYTIME = ("eval_problems", "prior", "log_every", "save_every", "weights", "micro_batch")
+ANYTIME = ("eval_problems", "prior", "log_every", "save_every", "weights", "micro_batch", "data")
 SESSION = ("stage", "out", "resume", "force", "device", "dtype", "compile", "json")  # not a property of the run
 
 def knobs(cfg):
@@ -243,7 +245,7 @@ def parse(argv):
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         extra = {"action": argparse.BooleanOptionalAction} if field.type is bool else {}
-        note = "" if field.default in (None, "", (), False, 0) else f" (default {field.default})"
+        note = "" if field.default in (None, "", (), False) else f" (default {field.default})"
         extra["help"] = field.metadata["help"] + note
         parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata | extra)
     given = vars(parser.parse_args(argv))
@@ -274,8 +276,9 @@ def parse(argv):
     if "digits" in given or cfg.labels != "gold" or seed:
         raise UserError("--data takes neither --digits, nor --labels model or all, nor --protocol seed: leave them out")
     problems = read_problems(cfg.data)
-    if saved.get("data_crc", problems.crc) != problems.crc:
-        raise UserError(f"{cfg.data} has changed since the run in {out} began: restore it, or choose another --out")
+    if saved and saved.get("data_crc") != problems.crc:
+        raise UserError(f"--data {cfg.data} is not the file that the run in {out} began with: restore it, or choose "
+                        "another --out")
     return dataclasses.replace(cfg, digits=problems.lengths, data_crc=problems.crc)
 
 def flags(saved):
@@ -306,6 +309,7 @@ def load_json(path):
 # 3. Arithmetic and text
 # thoughts begin, step ends, thoughts end, a reading goes here; and the GPT-2 token whose embedding each starts from
 SPECIAL = {"<bot>": ":", "<sep>": ".", "<eot>": " answer", "<act>": " thought"}
+RESERVED = ("<|endoftext|>", *SPECIAL)
 IGNORE = -100  # a target that is not trained on
 
 def phrasings(openers, nouns, places):
@@ -411,6 +415,11 @@ class Sums:
     def answer(self, a, b):
         return str(a + b)
 
+    def asked(self, rng, pairs):
+        """The slots that oracles are asked about in training: the last half as often, since it has two answers."""
+        D = self.length(pairs[0, 0])
+        return rng.choice(D + 1, size=len(pairs), p=[2 / (2 * D + 1)] * D + [1 / (2 * D + 1)])
+
     def final(self, a, b, slot):
         """Slots that are left out of what is compared: here the final carry's, which has two possible steps."""
         return slot == len(str(a))
@@ -430,15 +439,17 @@ class Problems:
     def __init__(self, items, crc):
         self.items, self.crc, slots = items, crc, max(len(steps) for _, steps, _ in items)
         self.lengths = (slots - 1,)
-        hashes = np.array([zlib.crc32(question.encode()) for question, _, _ in items], dtype=np.uint64)
-        self.split = split_of(hashes, np.zeros_like(hashes))
+        plain = [" ".join(question.lower().split()) for question, _, _ in items]  # nearly the same is the same
+        self.hashes = np.array([zlib.crc32(question.encode()) for question in plain], dtype=np.uint64)
+        self.split = split_of(self.hashes, np.zeros_like(self.hashes))
 
     def texts(self, length):
         return [step for _, steps, _ in self.items for step in steps], [answer for *_, answer in self.items]
 
     def draw(self, rng, split, length, n, distinct=False):
         own = np.flatnonzero(self.split == split)
-        index = rng.permutation(own)[:n] if distinct else rng.choice(own, n)
+        once = own[np.unique(self.hashes[own], return_index=True)[1]]
+        index = rng.permutation(once)[:n] if distinct else rng.choice(own, n)
         return np.stack([index, np.zeros_like(index)], axis=1)
 
     def length(self, a):
@@ -454,6 +465,10 @@ class Problems:
     def answer(self, a, b):
         return self.items[a][2]
 
+    def asked(self, rng, pairs):  # a tenth of the time, the first empty step too
+        steps = np.array([len(self.items[a][1]) for a, _ in pairs])
+        return rng.integers(np.minimum(steps + (rng.random(len(pairs)) < 0.1), self.lengths[0] + 1))
+
     def final(self, a, b, slot):
         return slot >= len(self.items[a][1])
 
@@ -467,16 +482,17 @@ def read_problems(path):
     """A --data file -> Problems. Raises UserError."""
     try:
         content = Path(path).read_bytes()
-        items = [(x["question"], tuple(x["steps"]), x["answer"]) for x in json.loads(content)]
+        items = [(x["question"], x["steps"], x["answer"]) for x in json.loads(content)]
+        for n, (question, steps, answer) in enumerate(items):
+            texts = (question, *steps, answer)
+            if not steps or not isinstance(steps, list) or any(name in x for x in texts for name in RESERVED):
+                raise UserError(f"--data {path}: problem {n} must have a list of steps, and no special tokens")
+            "".join(texts).encode()
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f'--data {path} is no JSON list of {{"question", "steps", "answer"}} ({e})') from None
-    for n, (question, steps, answer) in enumerate(items):
-        texts = (question, *steps, answer)
-        if not steps or not all(isinstance(x, str) and not any(token in x for token in SPECIAL) for x in texts):
-            raise UserError(f"--data {path}: problem {n} must have texts without special tokens, and a step")
     problems = Problems(items, zlib.crc32(content)) if items else None
     if not items or min(np.bincount(problems.split, minlength=3)) < 2:
-        raise UserError(f"--data {path} holds {len(items)} problems: too few to hold some out; 100 or more do")
+        raise UserError(f"--data {path} holds {len(items)} problems, too few to hold some out: add more")
     return problems
 
 def chunks(problems):
@@ -497,20 +513,20 @@ class Text:
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
     def __init__(self, ranks=None, task=None):
-        self.task, self.seed = task or Sums(), task is not None and task.seed
+        self.task = task or Sums()
+        self.seed = self.task.seed
         self.questions = SEED_QUESTIONS if self.seed else {family: HELD_OUT[family] for family in self.task.families}
         if ranks is None:
             corpus = [q for asked in TRAINED.values() for q in asked] + ["Layer write carry neither", *NO_YES]
             corpus += [text for item in self.task.items for text in (item[0], *item[1], item[2])]
-            common = Counter(re.findall(r"[A-Za-z]+", " ".join(corpus))).most_common(5000)
+            common = Counter(word for part in corpus for word in re.findall(r"[A-Za-z]+", part)).most_common(5000)
             words = sorted({w for word, _ in common for w in (word, " " + word)})
             pieces = [bytes([i]) for i in range(256)] + [f" {d}".encode() for d in range(10)]
             ranks = {piece: i for i, piece in enumerate(pieces + [w.encode() for w in words if len(w) > 1])}
-        names = ("<|endoftext|>", *SPECIAL)
-        special = {name: len(ranks) + i for i, name in enumerate(names)}
+        special = {name: len(ranks) + i for i, name in enumerate(RESERVED)}
         self.pattern = self.PATTERN.replace(r"\p{N}|", r"\p{N}+|") if self.seed else self.PATTERN
         self.enc = tiktoken.Encoding("cocoracle", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.eos, self.bot, self.sep, self.eot, self.act = (special[name] for name in names)
+        self.eos, self.bot, self.sep, self.eot, self.act = (special[name] for name in RESERVED)
         self.size = self.enc.n_vocab
         self.ids = lru_cache(maxsize=4096)(lambda s: tuple(self.enc.encode(s, allowed_special="all")))
         steps, answers = zip(*((max(len(self.ids(x)) for x in texts) for texts in self.task.texts(length))
@@ -698,7 +714,8 @@ class GPT(nn.Module):
         if valid is None and isinstance(pos, int):
             return x + self.wpe.weight[pos:pos + T], pos + T
         count = torch.ones_like(x[:, :, 0], dtype=torch.long) if valid is None else valid.long()
-        at = (pos + count.cumsum(1) - 1).clamp_min(0)  # (B, T); padding before the first token gets position 0
+        # (B, T); padding before the first token gets position 0, and text that runs away stays at the last one
+        at = (pos + count.cumsum(1) - 1).clamp(0, len(self.wpe.weight) - 1)
         return x + self.wpe(at), pos + count.sum(1, keepdim=True)
 
     def logits(self, h):
@@ -898,7 +915,8 @@ def load_model(run, name):
 def amp(cfg):
     """bfloat16 matrix products where asked for; weights and optimizer stay float32."""
     low = cfg.dtype == "bfloat16"
-    # The CPU's fused attention is slow backwards in bfloat16: 87 ms, plain products 19 (GPT-2 small, batch 128).
+    # The CPU's fused attention is slow backwards in bfloat16: 87 ms, plain products 19 (GPT-2 small, batch 128, 9
+    # tokens; they need memory for tokens squared).
     kernels = sdpa_kernel(SDPBackend.MATH) if low and cfg.device == "cpu" else nullcontext()
     with torch.autocast(cfg.device, torch.bfloat16, enabled=low), kernels:
         yield
@@ -907,7 +925,7 @@ def write_text(path, content):
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".tmp")
     try:
-        part.write_text(content)
+        part.write_text(content, encoding="utf-8")
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -1092,11 +1110,12 @@ def log(run, part, step, steps, sums, count, seconds, eta):
     loss, exact, skipped, speed = loss / count, right / examples, int(skipped / run.world), examples / seconds
     if run.rank:
         return
-    line = (f"{part:<11} | step {step:>5}/{steps} | loss {loss:6.4f} | exact {exact:5.3f} | {speed:7,.0f} ex/s | "
+    line = (f"{part:<11} | step {step:>5}/{steps} | loss {loss:5.3f} | exact {exact:4.2f} | {speed:5,.0f} ex/s | "
             f"eta {int(eta) // 60}:{int(eta) % 60:02d}" + f" | {skipped} steps skipped" * (skipped > 0))
-    if sys.stdout.isatty():  # the next line is drawn over this one
-        line = "\033[K" + line[:shutil.get_terminal_size().columns - 1]
-    print(line, end="\r" if sys.stdout.isatty() and step < steps else "\n", flush=True)
+    if sys.stdout.isatty() and step < steps:  # the next line is drawn over this one
+        print("\033[K" + line[:shutil.get_terminal_size().columns - 1], end="\r", flush=True)
+    else:
+        print(line, flush=True)
     with open(run.out / "log.jsonl", "a") as f:
         f.write(json.dumps({"part": part, "step": step, "steps": steps, "loss": round(loss, 6),
                             "exact": round(exact, 6), "skipped": skipped,
@@ -1320,7 +1339,7 @@ def oracle_batches(run, coconut, split, purpose, size):
         else:
             clean = runs if cfg.labels == "gold" else runs[0]
             index, asked = rng.integers(512, size=size), rng.choice(families, size=size, p=shares)
-            slot = rng.choice(D + 1, size=size, p=[2 / (2 * D + 1)] * D + [1 / (2 * D + 1)])  # the last has two answers
+            slot = text.task.asked(rng, clean.pairs[index])
             slot[np.isin(asked, OF_PROBLEM)] = D
             one = {family: prompt(cfg, str(rng.choice(TRAINED[family])), cfg.layers) for family in families}
             prompts, pairs = [one[family] for family in asked], clean.pairs[index].tolist()
@@ -1487,7 +1506,7 @@ def score_steps(text, said, where):
     operands = np.array([s.partition("=")[0] == g.partition("=")[0] for s, g in zip(said, gold)])
     result = np.array([s.partition(" write ")[2] == g.partition(" write ")[2] for s, g in zip(said, gold)])
     words = [(set(s.split()), set(g.split())) for s, g in zip(said, gold)]
-    f1 = [2 * len(s & g) / max(1, len(s) + len(g)) for s, g in words]
+    f1 = [2 * len(s & g) / (len(s) + len(g)) if s or g else 1.0 for s, g in words]
     inner = rate(exact[~final])
     return {**rate(exact), **({} if text.task.items else {
                 "operands": float(operands[~final].mean()), "result": float(result[~final].mean())}),
@@ -1509,8 +1528,8 @@ def majorities(run):
     for d in run.cfg.digits:
         for a, b in task.draw(rng_of(run.cfg.seed, "majority", d), TRAIN, d, 5000).tolist():
             for slot, step in enumerate(task.steps(a, b)):
-                seen[d, slot][step] += 1
-                seen["all"][step] += 1
+                seen[d, slot][step] += bool(step)  # not the empty ones, which are left out of what is compared
+                seen["all"][step] += bool(step)
     return {key: steps.most_common(1)[0][0] for key, steps in seen.items()}
 
 def control_scores(run, oracle, runs, white, others):
@@ -1606,10 +1625,12 @@ def faithfulness(run, oracle, probes, tested, shown, families):
     return {reader: {case: rate(hits[reader, case]) for case in cases} for reader in read}
 
 def readers(run):
-    """-> coconut, oracle, function that whitens readings, linear and MLP probe if there are: what look() takes."""
+    """-> coconut, oracle, function that whitens readings, MLP probe of them (or None): what look() takes."""
     coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
-    own = () if run.cfg.data else load_probes(run, whitener(run, coconut), *[*run.cfg.views.items()][-1]).values()
-    return coconut, oracle, whitener(run, coconut, run.cfg.whiten), [*own]
+    probe = None
+    if not run.cfg.data and run.cfg.protocol == "own":
+        probe = load_probes(run, whitener(run, coconut), *[*run.cfg.views.items()][-1])["mlp"]
+    return coconut, oracle, whitener(run, coconut, run.cfg.whiten), probe
 
 @torch.no_grad()
 def look(run, models, pairs):
@@ -1617,15 +1638,17 @@ def look(run, models, pairs):
 
     with_another: the answer when this thought is that of the problem before.
     """
-    cfg, text, (coconut, oracle, white, probes) = run.cfg, run.text, models
+    cfg, text, (coconut, oracle, white, probe) = run.cfg, run.text, models
     D, every = text.task.length(pairs[0, 0]), cfg.thoughts_per_slot
-    cache, read = ponder(cfg, text, coconut, pairs, cfg.last, read=range(len(coconut.h) + 1))
-    readings, donor = read[:, every - 1::every].float(), cache.map(lambda x: x.roll(1, 0))
+    with amp(cfg):
+        cache, read = ponder(cfg, text, coconut, pairs, cfg.last, read=range(len(coconut.h) + 1))
+        donor = cache.map(lambda x: x.roll(1, 0))
+        answers, *others = (answer(text, coconut, exchange(cache, donor, thoughts_of(cfg, D, slot)), D)
+                            for slot in (-1, *range(D + 1)))
+    readings = read[:, every - 1::every].float()
     said = np.reshape(ask(run, oracle, white(readings).flatten(0, 1), text.questions["step"]), (-1, D + 1)).tolist()
     top = coconut.logits(coconut.ln_f(readings[:, :, cfg.layers[-1]])).topk(5).indices.tolist()
-    probed = [probes[-1](x).tolist() + [None] if probes else [None] * (D + 1) for x in readings[:, :-1]]
-    answers, *others = (answer(text, coconut, exchange(cache, donor, thoughts_of(cfg, D, slot)), D)
-                        for slot in (-1, *range(D + 1)))
+    probed = [probe(x).tolist() + [None] if probe else [None] * (D + 1) for x in readings[:, :-1]]
     found = []
     for i, pair in enumerate(pairs.tolist()):
         thoughts = [{"step": step, "oracle": said[i][slot], "probe": p and dict(zip(PROBED, p)),
@@ -1685,15 +1708,15 @@ def digit_scores(run, coconut, oracle, tested, white):
         for kind, steps in load_json(run.out / "results.json")["probes"]["step_by_layer"].items():
             found[kind]["step"] = steps[name]
         layers[name] = found
-    raw, where = flat(runs, lambda readings: readings)
-    fields = {kind: by_field(probe(raw), where) for kind, probe in probes.items()}
+    fields = {kind: by_field(np.concatenate([probe(r.readings.flatten(0, 1)) for r in runs]), where)
+              for kind, probe in probes.items()}
     return {"lens": lens_scores(run, coconut, runs), "by_field": fields}, layers
 
 def evaluate(run):
     """Everything that is measured on the test split -> results.json."""
     cfg, last, own = run.cfg, run.cfg.last, run.cfg.protocol == "own"
-    coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
-    white, problems = whitener(run, coconut, cfg.whiten), test_problems(run)
+    models, problems = readers(run), test_problems(run)
+    coconut, oracle, white, _ = models
     sums = own and not cfg.data
     rng = rng_of(cfg.seed, "patches") if sums else None
     tested = [think_about(run, coconut, pairs, rng) for pairs in problems]
@@ -1725,7 +1748,7 @@ def evaluate(run):
             sections["causal"]["faithfulness"] = [*layers.values()][-1]
         firsts = [next(pairs for pairs in problems if run.text.task.length(pairs[0, 0]) == d) for d in cfg.digits]
         sections["examples"] = [x for pairs in firsts
-                                for x in look(run, readers(run), pairs[:math.ceil(20 / len(firsts))])]
+                                for x in look(run, models, pairs[:math.ceil(20 / len(firsts))])]
     sections["controls"] = control_scores(run, oracle, runs, white, others)
     sections["oracle"]["coconut_after"] = coconut_scores(run, oracle, last)
     record(run, config=load_json(run.out / "config.json"), env=environment(cfg), **sections)
@@ -1805,28 +1828,34 @@ def report(run, results):
         print(f"  {m['problem'] + ' slot ' + str(m['slot']):<24} is {m['step']:<26} read as {m['read']}")
     write_text(run.out / "report.html", page(run, results))
     print(f"\n{headline(results)}\n{results['seconds']['total']:.0f} s in all on {results['env']['device']}. Next:\n"
-          f"  open {run.out / 'report.html'}\n  python cocoracle.py --stage ask --out {run.out}\n"
-          "  python cocoracle.py --bottleneck --labels all --out runs/bottleneck   # do the thoughts matter?")
+          f"  open {run.out / 'report.html'}")
+    if not run.text.seed:
+        print(f"  python cocoracle.py --stage ask --out {run.out}")
+    if knobs(run.cfg) == knobs(Config()):
+        print("  python cocoracle.py --bottleneck --labels all --out runs/bottleneck   # do the thoughts matter?")
 
 STYLE = """:root { color-scheme: light dark; --line: light-dark(#ccc, #555); --dim: light-dark(#555, #aaa);
   --share: light-dark(#8ecae6, #1b6a8f); --wrong: light-dark(#b00020, #ff8a80) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 1rem }
 h1 + p { font-size: 1.2rem; max-width: 50rem } h2, h3 { margin: 2rem 0 .3rem; font-size: 1.1rem }
-section { overflow-x: auto } table { border-collapse: collapse; font: .85rem/1.4 ui-monospace, monospace }
+section { overflow-x: auto; margin-bottom: 1.5rem }
+table { border-collapse: collapse; font: .85rem/1.4 ui-monospace, monospace }
 th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, table.words td { text-align: left } small, figcaption { color: var(--dim); font-size: .75rem }
+th:first-child { white-space: normal } th:first-child, table.words * { text-align: left }
+small, figcaption { color: var(--dim); font-size: .75rem }
 td.share { background: color-mix(in srgb, var(--share) var(--p), transparent); print-color-adjust: exact }
 .wrong { color: var(--wrong); font-weight: bold } svg { overflow: visible; stroke: currentColor; fill: none }
 .curves { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0; width: 13rem }
 td svg { display: block; width: 100%; height: 6px } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+@media (max-width: 40rem) { td small { display: block } th, td { padding: .15rem .3rem } }
 @media print { section { break-inside: avoid } body { font-size: 11px } }"""
 
 def page(run, results):
     """report.html: everything in results.json and log.jsonl that a person looks at, in one file that needs no other."""
     e, parts = html.escape, defaultdict(dict)
     def cell(x):
-        if not isinstance(x, (float, dict)) or isinstance(x, dict) and not x["n"]:
-            return f"<td>{'-' if x is None or isinstance(x, dict) else e(str(x))}"
+        if x is None or isinstance(x, dict) and not x["n"]:
+            return "<td>-"
         p = x["exact"] if isinstance(x, dict) else x
         more = ""
         if isinstance(x, dict):  # the interval, as a whisker
@@ -1856,20 +1885,25 @@ def page(run, results):
         return (f"<section><h3>{e(found['problem'])} = {e(found['answer'])} {mark}</h3><table class=words><tr><th>slot"
                 f"<th>step<th>the oracle reads<th>MLP probe<th>logit lens<th>answer with another's thought{rows}"
                 "</table></section>")
-    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
-        parts[line["part"]][line["step"]] = line  # after a resume, steps are there twice
-    wrong = sorted(results.get("examples", ()), key=lambda x: (
+    history = run.out / "log.jsonl"
+    for line in map(json.loads, history.read_text().splitlines() if history.exists() else ()):
+        part = parts[line["part"]]
+        for step in [step for step in part if step >= line["step"]]:  # done again, after a resume or with --force
+            del part[step]
+        part[line["step"]] = line
+    shown = sorted(results.get("examples", ()), key=lambda x: (
         x["right"], -sum(t["oracle"] != t["step"] for t in x["thoughts"])))
     tables_of = "".join(table(*t) for t in tables(results))
-    command = " ".join(["python cocoracle.py --out", str(run.out), *changed_flags(run.cfg)])
+    command = shlex.join(["python", "cocoracle.py", "--stage", "eval" if run.text.seed else "all", "--out",
+                          str(run.out), "--dtype", run.cfg.dtype, *changed_flags(run.cfg)])
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>
 <title>cocoracle: {e(str(run.out))}</title><style>{STYLE}</style><h1>cocoracle</h1><p>{e(headline(results))}</p>
 <p><small>{e(results['env']['device'])}, PyTorch {e(results['env']['torch'])}, {results['seconds']['total']:.0f} s.
 Rates are shares of held-out problems or readings, with Wilson 95% intervals; the more colour, the higher.</small></p>
-{tables_of}<h2>{len(wrong)} held-out problems, thought by thought</h2><p><small>Drawn before they were answered; those
-with mistakes stand first.</small></p>{''.join(map(example, wrong))}
+{tables_of}<h2>{len(shown)} held-out problems, thought by thought</h2><p><small>Drawn before they were answered; those
+with mistakes stand first.</small></p>{''.join(map(example, shown))}
 <h2>Training</h2><p><small>Share of a training batch that is right (solid), loss (dashed).</small></p><div class=curves>
-{''.join(curve(part, [lines[step] for step in sorted(lines)]) for part, lines in parts.items())}</div>
+{''.join(curve(part, [*lines.values()]) for part, lines in parts.items())}</div>
 <h2>Again</h2><pre>{e(command)}</pre><pre>{e(json.dumps(results['config']))}</pre></html>
 """
 
@@ -1909,7 +1943,7 @@ def responder(run):
         if (swap or question) and (not last or slot > task.length(last[0])):
             raise UserError(f"{line[:40]}: there is no such slot" if last else f"{line[:40]}: type a problem first")
         if question:
-            if len(question[2]) > 100 or any(name in question[2] for name in SPECIAL):
+            if len(question[2]) > 100 or any(name in question[2] for name in RESERVED):
                 raise UserError(f"{question[2][:40]}...: ask in at most 100 characters, without special tokens")
             vectors = white(think_about(run, coconut, np.array([last])).readings[0, slot])[None]
             return {"slot": slot, "question": question[2], "oracle": ask(run, oracle, vectors, question[2])[0]}
@@ -1933,8 +1967,7 @@ def watch(run):
     respond, errors = responder(run), 0
     for line in filter(None, map(str.strip, lines_of("> "))):
         try:
-            with torch.no_grad(), amp(run.cfg):
-                found = respond(line)
+            found = respond(line)
             print(json.dumps(found) if run.cfg.json else in_words(found), flush=True)
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
@@ -1957,7 +1990,7 @@ def in_words(found):
             f"{'slot':<5}{'step':<26}{'the oracle reads':<25}{'probe':<7}{'lens':<8}other's"]
     for slot, t in enumerate(found["thoughts"]):
         wrong = t["oracle"] != t["step"]
-        rows.append(f"{slot:<5}{t['step']:<25}{red * wrong}{' !'[wrong]}{t['oracle'][:24]:<25}{plain * wrong}"
+        rows.append(f"{slot:<5}{t['step'][:24]:<25}{red * wrong}{' !'[wrong]}{t['oracle'][:24]:<25}{plain * wrong}"
                     f"{probe_words(t):<7}{' '.join(map(str.strip, t['lens'][:3]))[:7]:<8}{t['with_another']}")
     return "\n".join(rows)
 
@@ -2017,11 +2050,11 @@ def bench(run):
                 loss.backward()
         return update, gradients
     parts = parts_of(run)
-    for name, size, (call, counted) in (
-            ("text step", B, training(coconut(0), cfg.train_text, parts)),
-            ("all-thoughts step", B, training(coconut(last), cfg.train_latent, parts)),
-            ("one example at a time, 16 added up", 16, training(one_by_one, cfg.train_latent, 16)),
-            ("oracle step", B, training(oracle, cfg.train_oracle, parts)), ("answers", B, (answers, answers))):
+    for name, size, *how in (("text step", B, coconut(0), cfg.train_text, parts),
+                             ("all-thoughts step", B, coconut(last), cfg.train_latent, parts),
+                             ("one example at a time, 16 added up", 16, one_by_one, cfg.train_latent, 16),
+                             ("oracle step", B, oracle, cfg.train_oracle, parts), ("answers", B)):
+        call, counted = training(*how) if how else (answers, answers)
         if cfg.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds, compiling = seconds_of(cfg.device, call)
@@ -2050,7 +2083,7 @@ def export(run):
               "n_head": heads, "n_embd": width, "n_positions": cfg.positions, "activation_function": "gelu_new",
               "layer_norm_epsilon": 1e-5, "bos_token_id": text.eos, "eos_token_id": text.eos}
     bpe = released(cfg, gpt2_weights.BPE_FILES) if cfg.pretrained else None
-    special = {name: text.ids(name)[0] for name in ("<|endoftext|>", *SPECIAL)}
+    special = {name: text.ids(name)[0] for name in RESERVED}
     for name in ("coconut", "oracle", "lora"):
         if (run.out / f"{name}.safetensors").exists():
             model = load_model(run, name)
@@ -2093,7 +2126,8 @@ def check(cfg, parts, world=1):
            f"--prior {cfg.prior} has no coconut.safetensors: name the directory of a finished run")
     refuse(cfg.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda: torch finds no GPU: use --device cpu, or install a CUDA build of torch")
-    refuse(not cfg.data and 4 * slots + slots * max(13, cfg.thoughts_per_slot) > cfg.positions,  # 13: longest step and <sep>
+    longest = slots * max(13, cfg.thoughts_per_slot)  # 13: a step and <sep>
+    refuse(not cfg.data and 4 * slots + longest > cfg.positions,
            f"{cfg.positions} positions do not hold {max(cfg.digits)} digits with {cfg.thoughts_per_slot} thoughts a "
            "slot: lower --digits or --thoughts-per-slot")
     refuse(world > 1 and cfg.stage in ("ask", "bench", "export"),
@@ -2109,7 +2143,8 @@ def check(cfg, parts, world=1):
                f"run --stage {'coconut' if need == 'base' else need} --out {out} first")
     measured = load_json(out / "results.json")
     for part in ("coconut", "probes") if cfg.stage == "eval" and own else ():  # these are measured as they are trained
-        refuse(part not in measured and part not in skipped, f"{out / 'results.json'} lacks the {part} part: restore it, or train with --force")
+        refuse(part not in measured and part not in skipped,
+               f"{out / 'results.json'} lacks the {part} part: restore it, or train with --force")
     found = [part for part in parts if done(part)] + ["last.pt"] * ("coconut" in parts and (out / "last.pt").exists())
     refuse(found and not cfg.resume and not cfg.force,
            f"{out} already has a run ({found and found[0]}): --resume goes on, --force trains it again, another --out "
@@ -2120,10 +2155,12 @@ def open_run(cfg, parts, rank, world):
     out = Path(cfg.out)
     task = read_problems(cfg.data) if cfg.data else Sums(cfg.digits, cfg.protocol == "seed")
     text = Text(read_bpe(released(cfg, gpt2_weights.BPE_FILES)) if cfg.pretrained else None, task)
-    for n, (question, steps, said) in enumerate(task.items):
-        tokens = len(text.ids(question)) + sum(len(text.ids(step)) + 1 for step in steps) + len(text.ids(said)) + 3
-        if tokens + len(steps) * (cfg.thoughts_per_slot + 1) > cfg.positions:
-            raise UserError(f"--data {cfg.data}: problem {n} has {tokens} tokens, {cfg.model} has {cfg.positions} "
+    for n, (question, steps, said) in enumerate(task.items if "coconut" in parts else ()):
+        asked, *sizes, answered = (len(text.ids(x)) for x in (question, *task.steps(n, 0), said))
+        tokens = asked + answered + 4 + sum(max(size + 1, cfg.thoughts_per_slot) for size in sizes)
+        tokens = max(tokens, max(answered, *sizes) + 40)  # the oracle's question, and what it says
+        if tokens > cfg.positions:
+            raise UserError(f"--data {cfg.data}: problem {n} takes {tokens} tokens, {cfg.model} has {cfg.positions} "
                             "positions: leave it out")
     run = Run(cfg, text, out, rank, world)
     if rank or cfg.stage in ("ask", "bench"):
@@ -2207,7 +2244,7 @@ def command_line(argv=None):
               "whole; make room, or choose another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume (and without --force) goes on from the last checkpoint",
+        print("\ninterrupted: training goes on from its last checkpoint with --resume (and without --force)",
               file=sys.stderr)
         return 130
     return 0
