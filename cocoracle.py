@@ -1282,7 +1282,8 @@ def consult(run, model, prompts, vectors, said, last):
     valid = put(pad([(1,) * len(head) for head in heads], 0, left=True) == 1, device)
     _, cache, _ = model(model.wte(put(pad(heads, text.eos, left=True), device)), valid=valid, last=1)
     of = put([number[p] for p in prompts], device)
-    cache = cache.map(lambda x: x[of])._replace(valid=cache.valid[of], pos=cache.pos[of])
+    # index_select: the backward of x[of] sums in any order, so that runs differ (and is slower: 43 ms against 36)
+    cache = cache.map(lambda x: x.index_select(0, of))._replace(valid=cache.valid[of], pos=cache.pos[of])
     act = put([[at for at, i in enumerate(tail) if i == text.act]], device).expand(len(said), -1)
     said = torch.cat([put([tail], device).expand(len(said), -1), said], dim=1)
     h, cache, _ = model(model.wte(said), cache, inject=injection(run.cfg, vectors, act), last=last)
@@ -1850,61 +1851,65 @@ td svg { display: block; width: 100%; height: 6px } pre { white-space: pre-wrap;
 @media (max-width: 40rem) { td small { display: block } th, td { padding: .15rem .3rem } }
 @media print { section { break-inside: avoid } body { font-size: 11px } }"""
 
-def page(run, results):
-    """report.html: everything in results.json and log.jsonl that a person looks at, in one file that needs no other."""
-    e, parts = html.escape, defaultdict(dict)
+def html_table(title, names, rows):
+    """As print_table(); a cell's colour is its share, its whisker the interval."""
     def cell(x):
         if x is None or isinstance(x, dict) and not x["n"]:
             return "<td>-"
-        p = x["exact"] if isinstance(x, dict) else x
-        more = ""
-        if isinstance(x, dict):  # the interval, as a whisker
-            low, high = (100 * end for end in x["ci95"])
-            more = (f" <small>[{low / 100:.3f}, {high / 100:.3f}] n={x['n']}</small><svg viewBox='0 0 100 6' "
-                    f"preserveAspectRatio='none'><path d='M{low:.1f} 3H{high:.1f}M{100 * p:.1f} 0V6'/></svg>")
+        p, more = (x["exact"] if isinstance(x, dict) else x), ""
+        if isinstance(x, dict):
+            low, high = x["ci95"]
+            more = (f" <small>[{low:.3f}, {high:.3f}] n={x['n']}</small><svg viewBox='0 0 100 6' preserveAspectRatio="
+                    f"'none'><path d='M{100 * low:.1f} 3H{100 * high:.1f}M{100 * p:.1f} 0V6'/></svg>")
         return f"<td class=share style='--p:{100 * p:.0f}%'>{p:.3f}{more}"
-    def table(title, names, rows):
-        head = "".join(f"<th scope=col>{e(name)}" for name in (title, *names))
-        body = "".join(f"<tr><th scope=row>{e(name)}{''.join(map(cell, cells))}" for name, cells in rows.items())
-        return f"<section><table><thead><tr>{head}<tbody>{body}</table></section>"
-    def curve(part, lines):
-        """Share right (solid) and loss (dashed, of its highest) of training batches over the steps of a part."""
-        top = max(line["loss"] for line in lines) or 1
-        exact, loss = (" ".join(f"{100 * line['step'] / line['steps']:.1f},{50 - 50 * line[key] / most:.1f}"
-                                for line in lines) for key, most in (("exact", 1), ("loss", top)))
-        return (f"<figure><svg viewBox='0 0 100 50' role=img aria-label='{e(part)}'><path d='M0 0V50H100' "
-                f"stroke='gray'/><polyline points='{exact}'/><polyline points='{loss}' stroke-dasharray='2' "
-                f"stroke='gray'/></svg><figcaption><b>{e(part)}</b>, {lines[-1]['steps']} steps: right "
-                f"{lines[-1]['exact']:.3f}, loss {lines[-1]['loss']:.3f} (highest {top:.2f})</figcaption></figure>")
-    def example(found):
-        rows = "".join(
-            f"<tr><td>{slot}<td>{e(t['step'])}<td{' class=wrong' * (t['oracle'] != t['step'])}>"
-            f"{'✗ ' * (t['oracle'] != t['step'])}{e(t['oracle'])}<td>{e(probe_words(t))}<td>{e(' '.join(t['lens']))}"
-            f"<td>{e(t['with_another'])}" for slot, t in enumerate(found["thoughts"]))
-        mark = "✓ right" if found["right"] else "<span class=wrong>✗ wrong</span>"
-        return (f"<section><h3>{e(found['problem'])} = {e(found['answer'])} {mark}</h3><table class=words><tr><th>slot"
-                f"<th>step<th>the oracle reads<th>MLP probe<th>logit lens<th>answer with another's thought{rows}"
-                "</table></section>")
-    history = run.out / "log.jsonl"
+    head = "".join(f"<th scope=col>{html.escape(name)}" for name in (title, *names))
+    body = "".join(f"<tr><th scope=row>{html.escape(name)}{''.join(map(cell, cells))}" for name, cells in rows.items())
+    return f"<section><table><thead><tr>{head}<tbody>{body}</table></section>"
+
+def html_curve(part, lines):
+    """Share right (solid) and loss (dashed, of its highest) of training batches over the steps of a part."""
+    last, top = lines[-1], max(line["loss"] for line in lines) or 1
+    exact, loss = (" ".join(f"{100 * line['step'] / line['steps']:.1f},{50 - 50 * line[key] / most:.1f}"
+                            for line in lines) for key, most in (("exact", 1), ("loss", top)))
+    return (f"<figure><svg viewBox='0 0 100 50' role=img aria-label='{part}'><path d='M0 0V50H100' stroke='gray'/>"
+            f"<polyline points='{exact}'/><polyline points='{loss}' stroke-dasharray='2' stroke='gray'/></svg>"
+            f"<figcaption><b>{part}</b>, {last['steps']} steps: right {last['exact']:.3f}, loss {last['loss']:.3f} "
+            f"(highest {top:.2f})</figcaption></figure>")
+
+def html_example(found):
+    """A problem as look() gives it, thought by thought."""
+    rows = "".join(
+        f"<tr><td>{slot}<td>{html.escape(t['step'])}<td{' class=wrong' * (t['oracle'] != t['step'])}>"
+        f"{'✗ ' * (t['oracle'] != t['step'])}{html.escape(t['oracle'])}<td>{probe_words(t)}"
+        f"<td>{html.escape(' '.join(t['lens']))}<td>{html.escape(t['with_another'])}"
+        for slot, t in enumerate(found["thoughts"]))
+    mark = "✓ right" if found["right"] else "<span class=wrong>✗ wrong</span>"
+    return (f"<section><h3>{html.escape(found['problem'])} = {html.escape(found['answer'])} {mark}</h3>"
+            "<table class=words><tr><th>slot<th>step<th>the oracle reads<th>MLP probe<th>logit lens"
+            f"<th>answer with another's thought{rows}</table></section>")
+
+def page(run, results):
+    """report.html: everything in results.json and log.jsonl that a person looks at, in one file that needs no other."""
+    history, parts = run.out / "log.jsonl", defaultdict(dict)
     for line in map(json.loads, history.read_text().splitlines() if history.exists() else ()):
         part = parts[line["part"]]
         for step in [step for step in part if step >= line["step"]]:  # done again, after a resume or with --force
             del part[step]
         part[line["step"]] = line
+    curves = "".join(html_curve(part, [*lines.values()]) for part, lines in parts.items())
     shown = sorted(results.get("examples", ()), key=lambda x: (
         x["right"], -sum(t["oracle"] != t["step"] for t in x["thoughts"])))
-    tables_of = "".join(table(*t) for t in tables(results))
     command = shlex.join(["python", "cocoracle.py", "--stage", "eval" if run.text.seed else "all", "--out",
                           str(run.out), "--dtype", run.cfg.dtype, *changed_flags(run.cfg)])
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>
-<title>cocoracle: {e(str(run.out))}</title><style>{STYLE}</style><h1>cocoracle</h1><p>{e(headline(results))}</p>
-<p><small>{e(results['env']['device'])}, PyTorch {e(results['env']['torch'])}, {results['seconds']['total']:.0f} s.
-Rates are shares of held-out problems or readings, with Wilson 95% intervals; the more colour, the higher.</small></p>
-{tables_of}<h2>{len(shown)} held-out problems, thought by thought</h2><p><small>Drawn before they were answered; those
-with mistakes stand first.</small></p>{''.join(map(example, shown))}
-<h2>Training</h2><p><small>Share of a training batch that is right (solid), loss (dashed).</small></p><div class=curves>
-{''.join(curve(part, [*lines.values()]) for part, lines in parts.items())}</div>
-<h2>Again</h2><pre>{e(command)}</pre><pre>{e(json.dumps(results['config']))}</pre></html>
+<title>cocoracle: {html.escape(str(run.out))}</title><style>{STYLE}</style><h1>cocoracle</h1>
+<p>{html.escape(headline(results))}</p><p><small>{html.escape(results['env']['device'])}, PyTorch
+{results['env']['torch']}, {results['seconds']['total']:.0f} s. Rates are shares of held-out problems or readings, with
+Wilson 95% intervals; the more colour, the higher.</small></p>{"".join(html_table(*t) for t in tables(results))}
+<h2>{len(shown)} held-out problems, thought by thought</h2><p><small>Drawn before they were answered; those with
+mistakes stand first.</small></p>{"".join(map(html_example, shown))}<h2>Training</h2>
+<p><small>Share of a training batch that is right (solid), loss (dashed).</small></p><div class=curves>{curves}</div>
+<h2>Again</h2><pre>{html.escape(command)}</pre><pre>{html.escape(json.dumps(results['config']))}</pre></html>
 """
 
 # -----------------------------------------------------------------------------------------------------------

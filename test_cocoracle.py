@@ -1254,6 +1254,23 @@ CHAINS = [{"question": f"start at {a}" + "".join(f", add {n}" for n in more), "a
               f"{a + sum(more[:i])} and {n} make {a + sum(more[:i + 1])}" for i, n in enumerate(more)]}
           for a in range(20) for more in ([1], [2, 3], [3, 1, 2])]
 
+@pytest.mark.parametrize("kind", ["oracle", "whole runs", 0, 2, 4])
+def test_gradients_are_the_same_each_time(kind):
+    """At full size too, on all threads: gradients once summed by whichever thread came first (indexing's backward), and
+    two runs with the same arguments gave different oracles."""
+    run, model = run_of(labels="model" if kind == "whole runs" else "gold"), tiny()
+    batch_at = co.oracle_batches(run, model, co.TRAIN, "oracle", 64)
+    def gradients():
+        model.zero_grad()
+        if isinstance(kind, str):
+            loss = co.oracle_loss(run, model, *batch_at(1))[0]
+        else:
+            loss = co.coconut_step(run, model, 1, kind, "coconut", 64, explain=0.3 * (kind == 4))[0]
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    first = gradients()
+    assert all(all(map(torch.equal, first, gradients())) for _ in range(6))
+
 def test_problems_of_your_own(tmp_path):
     """--data: a file of problems is trained on, read and measured, with slots from the longest, and without what is of
     sums alone; a changed file is told."""
@@ -2757,7 +2774,8 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ("return x.scatter_add(1, index,", "return x.scatter(1, index,", "injection"),
     ("module.lora_b = nn.Parameter(torch.zeros(", "module.lora_b = nn.Parameter(torch.ones(", "lora"),
     ("vectors.unbind(2)[:-1]", "vectors.unbind(2)[1:]", "whole_runs_are"),
-    ("cache.map(lambda x: x[of])", "cache.map(lambda x: x[of.flip(0)])", "plain_rows"),
+    ("x.index_select(0, of)", "x.index_select(0, of.flip(0))", "plain_rows"),
+    ("x.index_select(0, of)", "x[of]", "same_each_time"),
     ("valid=cache.valid[of], pos=cache.pos[of])", "valid=cache.valid[of], pos=cache.pos[of] * 0)", "plain_rows"),
     ("target = put(ids[rows], vectors.device)", "target = put(np.roll(ids[rows], 1, 1), vectors.device)", "plain_rows"),
     ("patched = torch.where(at[:, :, None, None], read.roll(1, 0), read)", "patched = read", "patched"),
