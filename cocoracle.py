@@ -2099,7 +2099,7 @@ def export(run):
             gpt2_weights.write_transformers(run.out / "export" / name, weights, config, bpe, text.pattern, special)
             print(f"exported {run.out / 'export' / name}")
 
-TOOK = {"tiny": "7 minutes with the default settings on 2 cores of an AMD EPYC"}
+TOOK = {"tiny": "7 to 9 minutes with the default settings on 2 cores of an AMD EPYC"}
 PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracle,
          "lora": partial(train_oracle, name="lora"), "eval": evaluate}
 NEEDS = {"probes": ("coconut",), "oracle": ("coconut",), "lora": ("coconut", "base"), "export": ("coconut",),
