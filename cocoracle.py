@@ -1627,11 +1627,12 @@ def faithfulness(run, oracle, probes, tested, shown, families):
 
 def readers(run):
     """-> coconut, oracle, function that whitens readings, MLP probe of them (or None): what look() takes."""
-    coconut, oracle = load_model(run, "coconut"), load_model(run, "oracle")
-    probe = None
+    coconut, oracle, probe = load_model(run, "coconut"), load_model(run, "oracle"), None
+    white = whitener(run, coconut, run.cfg.whiten)
     if not run.cfg.data and run.cfg.protocol == "own":
-        probe = load_probes(run, whitener(run, coconut), *[*run.cfg.views.items()][-1])["mlp"]
-    return coconut, oracle, whitener(run, coconut, run.cfg.whiten), probe
+        whitened = white if run.cfg.whiten else whitener(run, coconut)
+        probe = load_probes(run, whitened, *[*run.cfg.views.items()][-1])["mlp"]
+    return coconut, oracle, white, probe
 
 @torch.no_grad()
 def look(run, models, pairs):
@@ -1699,9 +1700,9 @@ def causal_scores(run, model):
 
 def digit_scores(run, coconut, oracle, tested, white):
     """What oracle, probes and lens find of a thought's digits -> for "probes"; and by layers read: faithfulness()."""
-    runs, layers = [clean for clean, _ in tested], {}
+    runs, layers, whitened = [clean for clean, _ in tested], {}, whitener(run, coconut)
     for name, view in run.cfg.views.items():
-        probes, shown = load_probes(run, whitener(run, coconut), name, view), lambda x: show(white(x), view)
+        probes, shown = load_probes(run, whitened, name, view), lambda x: show(white(x), view)
         vectors, where = flat(runs, shown)
         of_all = MODEL_QUESTIONS if len(view) == len(run.cfg.layers) and run.cfg.labels != "gold" else ()
         found = faithfulness(run, oracle, probes, tested, shown, of_all)
