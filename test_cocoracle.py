@@ -2676,6 +2676,23 @@ def test_a_vocabulary_saved_anew_is_as_good(bpe):
     (bpe / "merges.txt").write_bytes((bpe / "merges.txt").read_bytes().replace(b"\n", b"\r\n"))
     assert gw.read_bpe(bpe) == ranks
 
+def test_altered_encodings_load_equal_or_are_refused(bpe):
+    """Mutated merges.txt and vocab.json (1,000 each under `make torture`) are refused in one line, or read as they were."""
+    rng, ranks, refused, begin = random.Random(0), gw.read_bpe(bpe), 0, time.process_time()
+    count = 1000 if TORTURE == 50 else 6
+    for name in ("merges.txt", "vocab.json"):
+        good = (bpe / name).read_bytes()
+        for _ in range(count):
+            (bpe / name).write_bytes(changed(good, rng))
+            try:
+                assert gw.read_bpe(bpe) == ranks
+            except WeightsError as error:
+                assert "\n" not in str(error)
+                refused += 1
+        (bpe / name).write_bytes(good)
+    assert refused > count
+    assert time.process_time() - begin < 2 * count
+
 def test_bpe_touches_nothing_else(bpe, tmp_path, monkeypatch):
     """read_bpe writes no file, opens no connection, believes no copy cached earlier, and restores the environment."""
     from tiktoken.load import read_file_cached
