@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cocoracle as co
 import gpt2_weights as gw
@@ -302,6 +303,7 @@ def test_number_of_thoughts_does_not_tell_the_answers_length():
     assert co.plan(replace(CFG, thoughts_per_slot=2), TEXT, pairs_of((10, 10)), 4) == (0, co.Thoughts(6))
     assert CFG.curriculum == {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "all": 4} and CFG.last == 4
     assert replace(CFG, digits=(2,)).curriculum == {"0": 0, "1": 1, "2": 2, "3": 3, "all": 3}
+    assert replace(CFG, bottleneck=True).curriculum == {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "all": 5}
 
 # -----------------------------------------------------------------------------------------------------------
 # GPT-2
@@ -490,13 +492,13 @@ def test_solving_uses_the_problem_alone(monkeypatch):
 def test_injection_is_the_formula_at_act_alone():
     """h' = h + scale ||h|| v/||v|| at <act>, to the letter; earlier positions are untouched, later ones change."""
     model = tiny(std=0.1)
-    x, v, at = torch.randn(2, 9, 96), torch.randn(2, 1, 96), torch.tensor([[3], [5]])
+    x, v, p = torch.randn(2, 9, 96), torch.randn(2, 1, 96), 3
     for layer in (0, 1, 2):
-        injection = co.Injection({layer: v}, at, 2.0)
+        injection = co.Injection({layer: v}, torch.tensor([p]), 2.0)
         with torch.no_grad():
             plain, _, before = model(x, read=(layer,))
             changed, _, after = model(x, read=(layer,), inject=injection)
-        for row, p in enumerate(at[:, 0].tolist()):
+        for row in range(2):
             h = before[row, p, 0]
             expected = h + 2.0 * h.norm() * v[row, 0] / v[row, 0].norm()
             assert (after[row, p, 0] - expected).abs().max() < 1e-5
@@ -508,7 +510,7 @@ def test_injection_is_the_formula_at_act_alone():
 
 def test_injection_is_out_of_place_and_norm_matched():
     """The input keeps its values, a vector's length does not matter, and a zero vector injects nothing."""
-    x, at = torch.randn(1, 4, 96), torch.tensor([[2]])
+    x, at = torch.randn(1, 4, 96), torch.tensor([2])
     kept, v = x.clone(), torch.randn(1, 1, 96)
     long, short = (co.Injection({0: s * v}, at, 2.0).at(0, x) for s in (100.0, 0.01))
     assert torch.equal(x, kept) and torch.allclose(long, short, atol=1e-5)
@@ -533,7 +535,7 @@ def test_lora_starts_as_the_identity_and_trains_alone():
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     layer = model.h[0].mlp.c_fc
     merged = layer.weight + 2 * layer.lora_a @ layer.lora_b
-    assert torch.allclose(layer(x), x @ merged + layer.bias, atol=1e-4)
+    assert torch.allclose(layer(x[0]), x[0] @ merged + layer.bias, atol=1e-4)
 
 # -----------------------------------------------------------------------------------------------------------
 # Coconut and oracles
@@ -560,7 +562,7 @@ def plain_oracle(model, prompt, target, vectors, layer=1):
     head, said = TEXT.ids(prompt), (*TEXT.ids(target), TEXT.eos)
     ids = torch.tensor([(*head, *said)])
     with torch.no_grad():
-        at = (ids == TEXT.act).nonzero()[:, 1][None]
+        at = (ids == TEXT.act).nonzero()[:, 1]
         h = model(model.wte(ids[:, :-1]), inject=co.Injection({layer: vectors[None]}, at, 2.0))[0]
     return model.logits(h)[0, len(head) - 1:].log_softmax(-1), torch.tensor(said)
 
@@ -580,6 +582,29 @@ def test_oracle_loss_is_that_of_plain_rows():
     assert abs(loss - np.mean(terms)) < 1e-4 and exact.tolist() == right
     parts = [co.oracle_loss(run, model, prompts, answers, vectors[i::2], slice(i, None, 2))[0] for i in (0, 1)]
     assert abs(sum(parts) - loss) < 1e-4
+    first, exact = co.oracle_loss(run, model, prompts, answers, vectors, most=6)  # its part in the whole loss
+    assert TEXT.enc.decode(TEXT.ids(answers[0])[:6]) == "7+5=12" and len(TEXT.ids(answers[1])) < 6
+    n = len(terms) - len(TEXT.ids(answers[1])) - len(TEXT.ids(answers[2])) - 2
+    assert abs(first - (sum(terms[:6]) + sum(terms[n:])) / len(terms)) < 1e-4 and len(exact) == 3
+
+@pytest.mark.parametrize("name, labels", [("oracle", "gold"), ("oracle", "all"), ("lora", "gold")])
+def test_what_oracles_are_trained_on(tmp_path, monkeypatch, name, labels):
+    """Every fourth step of each kind of labels goes to the end, the others half as far; the self-oracle alone rehearses
+    thinking in thoughts, about as often as it is told to."""
+    run = run_of(tmp_path, labels=labels, rehearsal=0.5)
+    cut, rehearsed, losses = [], [], []
+    monkeypatch.setattr(co, "load_model", lambda run, name: tiny())
+    monkeypatch.setattr(co, "oracle_batches", lambda *args: lambda step: ([], [], torch.zeros(64, 1, 96)))
+    monkeypatch.setattr(co, "oracle_loss", lambda *args: (cut.append(args[6]), (torch.zeros(()), torch.ones(64)))[1])
+    monkeypatch.setattr(co, "coconut_step", lambda run, model, step, k, purpose, size, rows: (
+        rehearsed.append((k, purpose, size)), (torch.ones(()),))[1])
+    monkeypatch.setattr(co, "fit", lambda run, part, model, recipe, loss_of: losses.extend(
+        float(loss_of(step, co.ALL)[0]) for step in range(80)))
+    co.train_oracle(run, name)
+    each = len(run.cfg.kinds)
+    assert cut[:4 * each] == [None] * each + [6] * 3 * each and cut == cut[:4 * each] * (20 // each)
+    assert set(rehearsed) == ({(4, "rehearsal", 16)} if name == "oracle" else set())
+    assert sum(losses) == len(rehearsed) and (name == "lora" or 25 < len(rehearsed) < 55)
 
 def test_readings_belong_to_their_slot():
     """Readings are, for each problem and slot, the streams that ponder() reads there; so are their texts."""
@@ -765,6 +790,20 @@ def test_training_and_asking_inject_alike(monkeypatch):
 
 # -----------------------------------------------------------------------------------------------------------
 # Training kit
+
+def test_weights_are_cast_once_a_step():
+    """In bfloat16 a matrix is cast once for all passes of a training step, not once for each thought."""
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+                shapes.append(tuple(out.shape))
+            return out
+
+    shapes, run = [], run_of(dtype="bfloat16")
+    with co.amp(run.cfg), Casts():
+        co.coconut_step(run, tiny(), 0, 4, "coconut all", 5)
+    assert [shapes.count(shape) for shape in ((96, 288), (96, 384), (384, 96))] == [3, 3, 3]
 
 def step_of(run, kind):
     """-> a model and the loss of its training step, as the parts of a run have it."""
@@ -1085,7 +1124,7 @@ def test_whole_run_behind_a_bottleneck(mini, tmp_path, monkeypatch):
     assert done.returncode == 0 and "patch" in done.stdout, done.stderr
     assert co.parse(["--stage", "eval", "--out", str(tmp_path / "run")]).bottleneck
     r = json.loads((tmp_path / "run/results.json").read_text())
-    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "4", "bottleneck", "all"]
+    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "4", "all"]
     assert set(r["causal"]) == {"keep", "keep_by_slot", "interchange", "map", "faithfulness"}
     assert set(r["causal"]["keep"]) == {"mean", "swap", "noise"} and r["causal"]["keep"]["mean"]["n"] == 24
     assert set(r["causal"]["faithfulness"]) == {"gold", "linear", "mlp", *co.MODEL_QUESTIONS}
@@ -2791,14 +2830,18 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ("else model.wte.weight[thoughts.pause].expand_as(h)", "else h", "pause"),
     ("[:, None, :, None], other, own)", "[:, None, :, None], own, other)", "exchange"),
     # injection, LoRA, oracles
-    ("size = self.scale * x.gather", "size = x.gather", "injection"),
-    ("return x.scatter_add(1, index,", "return x.scatter(1, index,", "injection"),
+    ("size = self.scale * x.index_select", "size = x.index_select", "injection"),
+    ("return x.index_add(1,", "return x.index_copy(1,", "injection"),
     ("module.lora_b = nn.Parameter(torch.zeros(", "module.lora_b = nn.Parameter(torch.ones(", "lora"),
     ("vectors.unbind(2)[:-1]", "vectors.unbind(2)[1:]", "whole_runs_are"),
     ("x.index_select(0, of)", "x.index_select(0, of.flip(0))", "plain_rows"),
     ("x.index_select(0, of)", "x[of]", "same_each_time"),
     ("valid=cache.valid[of], pos=cache.pos[of])", "valid=cache.valid[of], pos=cache.pos[of] * 0)", "plain_rows"),
-    ("target = put(ids[rows], vectors.device)", "target = put(np.roll(ids[rows], 1, 1), vectors.device)", "plain_rows"),
+    ("target = put(ids[rows, :most], vectors.device)", "target = put(np.roll(ids[rows, :most], 1, 1), vectors.device)",
+     "plain_rows"),
+    ("step // len(cfg.kinds) % 4", "step % 4", "oracles_are_trained"),
+    ('model, step, cfg.last, "rehearsal"', 'model, step, 0, "rehearsal"', "oracles_are_trained"),
+    ("torch.addmm(self.bias, x, self.weight)", "F.linear(x, self.weight.t(), self.bias)", "cast_once"),
     ("patched = torch.where(at[:, :, None, None], read.roll(1, 0), read)", "patched = read", "patched"),
     ("slot[np.isin(asked, OF_PROBLEM)] = D", "pass", "batch_pairs"),
     ("targets = [model_says(runs[of], *cell", "targets = [model_says(runs[0], *cell", "batch_pairs"),
@@ -2820,7 +2863,7 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ("hits = np.array(found)[inner, :4]", "hits = np.array(found)[inner, 1:5]", "by_slot_and"),
     # training kit, checkpoints
     ("return total / tokens", "return total / len(target)", "parts or loss"),
-    ("= 2 * parts, None, None", "= 1 + parts, None, None", "parts"),
+    ("parts = 2 * parts", "parts = 1 + parts", "parts"),
     ("slice(run.rank + run.world * part, None, run.world * parts)", "slice(part, None, parts)", "parts"),
     ("optimizer.found_inf = told[3]", "pass", "finite"),
     ("if not skip:", "if True:", "finite"),
