@@ -24,7 +24,7 @@ TIME ?= 1500
 gpu:
 	$(PYTHON) .ci/gpu.py $(DIR) $(TIME)
 
-# 50 kills at random moments, 20,000 altered files: 20 minutes. Mutants of the core: 10 minutes.
+# 50 kills at random moments, 22,000 altered files: 30 minutes. Mutants of the core: 10 minutes.
 torture: .venv/test.ok
 	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated"
 

@@ -954,7 +954,7 @@ def record(run, **sections):
         write_text(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
-FORMAT = 1  # of last.pt: to be raised when what is in it changes
+FORMAT = 2  # of last.pt: to be raised when what is in it changes, or the training that goes on from it
 
 def save_last(run, part, step, params, optimizers):
     """last.pt: where a run stands, for --resume; replaced whole."""
@@ -1389,7 +1389,7 @@ def train_oracle(run, name="oracle"):
         prompts, targets, vectors = batch_at(step)
         # Operands come first and are learnt last: three steps of four go no further than half of the longest step
         # (tiny, 2 cores, 600 steps: 33 -> 28 s, 0.71 of the steps read as before).
-        most = run.text.step_tokens // 2 if step // len(cfg.kinds) % 4 else None
+        most = max(1, run.text.step_tokens // 2) if step // len(cfg.kinds) % 4 else None
         loss, exact = oracle_loss(run, model, prompts, targets, vectors[rows], rows, most)
         rng = rng_of(cfg.seed, "which rehearsal", step)
         size = math.ceil(cfg.batch_size / 4)
@@ -2050,6 +2050,12 @@ def seconds_of(device, call):
     median = float(np.median(times[min(3, len(times) - 2):]))
     return median, times[0] - median
 
+def matrix_product(cfg):
+    """FLOP/s of the machine's own matrix product: what MFU is a share of."""
+    n = 8192 if cfg.device == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=cfg.device, dtype=getattr(torch, cfg.dtype))
+    return 2 * n**3 / seconds_of(cfg.device, lambda: a @ b)[0]
+
 def work_of(model, call):
     """FLOPs of a call, counted from the shapes of its matrix products and attentions, and tokens through the model."""
     tokens = []
@@ -2068,9 +2074,7 @@ def bench(run):
     cfg, text = run.cfg, run.text
     B, last = cfg.batch_size, cfg.last
     steps = itertools.count()
-    n = 8192 if cfg.device == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    peak = 2 * n**3 / seconds_of(cfg.device, lambda: a @ b)[0]
+    peak = matrix_product(cfg)
     model = new_model(run)
     batch_at = oracle_batches(run, model, TRAIN, "bench", B)
     pairs = text.task.draw(rng_of(cfg.seed, "bench"), VALIDATION, digits, B)

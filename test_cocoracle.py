@@ -605,6 +605,10 @@ def test_what_oracles_are_trained_on(tmp_path, monkeypatch, name, labels):
     assert cut[:4 * each] == [None] * each + [6] * 3 * each and cut == cut[:4 * each] * (20 // each)
     assert set(rehearsed) == ({(4, "rehearsal", 16)} if name == "oracle" else set())
     assert sum(losses) == len(rehearsed) and (name == "lora" or 25 < len(rehearsed) < 55)
+    cut.clear()
+    monkeypatch.setattr(run.text, "step_tokens", 1)  # a file of problems whose steps are all empty
+    co.train_oracle(run, name)
+    assert set(cut) == {None, 1}
 
 def test_readings_belong_to_their_slot():
     """Readings are, for each problem and slot, the streams that ponder() reads there; so are their texts."""
@@ -1545,7 +1549,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
     assert co.load_last(again, "coconut 0", [*model.parameters()]) == ("coconut 0", 7)
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     torch.save(last | {"run": last["run"] | {"format": "0"}}, tmp_path / "last.pt")
-    with pytest.raises(co.UserError, match="format 0, this one has 1"):
+    with pytest.raises(co.UserError, match=f"format 0, this one has {co.FORMAT}"):
         co.load_last(run_of(tmp_path, resume=True))
 
     class Hostile:
