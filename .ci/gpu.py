@@ -27,7 +27,7 @@ def losses(model, cfg, text):
     steps = {"text": lambda *a: co.coconut_step(run, model, a[0], 0, "check", 16, rows=a[1]),
              "thoughts": lambda *a: co.coconut_step(run, model, a[0], cfg.last, "check", 16, rows=a[1]), "oracle": oracle}
     for name, loss_of in steps.items():
-        with co.amp(cfg):
+        with co.amp(cfg, model):
             loss = loss_of(0, co.ALL)[0]
         loss.backward()
         out[name] = loss.item(), model.h[0].mlp.c_fc.weight.grad.float().cpu().clone()
