@@ -928,7 +928,7 @@ def amp(cfg, model):
     with torch.autocast(cfg.device, torch.bfloat16, enabled=low), kernels:
         # Once a step: autocast would cast once a thought in compiled blocks (GPT-2 small, 16 problems, 16 thoughts, 2
         # CPU cores: 3.4 -> 2.3 s, 5.4 -> 2.6 GB).
-        outer = [module.cast for module in matrices]
+        outer = [module.cast for module in matrices]  # of an amp() around this one
         for module in matrices:
             module.cast = module.weight.bfloat16()
         try:
