@@ -566,8 +566,24 @@ def plain_oracle(model, prompt, target, vectors, layer=1):
     ids = torch.tensor([(*head, *said)])
     with torch.no_grad():
         at = (ids == TEXT.act).nonzero()[:, 1]
-        h = model(model.wte(ids[:, :-1]), inject=co.Injection({layer: vectors[None]}, at, 2.0))[0]
+        h = model(asked_at(model, ids[:, :-1], int(at[0])), inject=co.Injection({layer: vectors[None]}, at, 2.0))[0]
     return model.logits(h)[0, len(head) - 1:].log_softmax(-1), torch.tensor(said)
+
+def asked_at(model, ids, act):
+    """Embeddings of a prompt whose first <act>, token number `act`, is to stand at position 32."""
+    at = torch.arange(ids.shape[1])
+    return model.wte(ids) + model.wpe.weight[at + 32 - act] - model.wpe.weight[at]
+
+def test_readings_stand_at_one_position():
+    """A reading, and what is said of it, stand at the same positions whatever the question's length; a question that is
+    too long for that stands at the beginning."""
+    run, model = run_of(), tiny(std=0.1)
+    asked = [question for family in co.QUESTIONS.values() for question in family]
+    prompts = [co.prompt(CFG, question, (2,)) for question in (*asked, "Is it " + "so " * 40 + "now?")]
+    assert len({len(TEXT.ids(p)) for p in prompts}) > 6
+    said = torch.zeros(len(prompts), 3, dtype=torch.long)
+    _, cache = co.consult(run, model, prompts, torch.randn(len(prompts), 1, 96), said, 1)
+    assert (cache.pos[:-1] == 32 + 1 + 3).all() and cache.pos[-1] == len(TEXT.ids(prompts[-1])) + 3 > 40
 
 def test_oracle_loss_is_that_of_plain_rows():
     """The oracle's loss is on the answer and its end token alone, whatever the prompts' lengths; shared beginnings,
@@ -777,8 +793,8 @@ def test_oracle_answers_depend_on_the_reading_alone():
     assert co.ask(run, model, vectors.flip(0), question) == answers[::-1]
     ids = torch.tensor([TEXT.ids(co.prompt(CFG, question, (2,)))])
     with torch.no_grad():
-        h, cache, _ = model(model.wte(ids))
-        plain, _, _ = co.write(model, h[:, -1:], cache, TEXT.eos, limit=25)
+        h, cache, _ = model(asked_at(model, ids, ids.shape[1] - 1))
+        plain, _, _ = co.write(model, h[:, -1:], cache._replace(pos=33), TEXT.eos, limit=25)
     assert co.ask(run, model, torch.zeros(1, 1, 96), question) == [TEXT.show(plain[0])]
 
 def test_training_and_asking_inject_alike(monkeypatch):
@@ -2863,6 +2879,8 @@ MUTANTS = [  # what to replace in cocoracle.py, by what, and the tests (-k) of w
     ("x.index_select(0, of)", "x.index_select(0, of.flip(0))", "plain_rows"),
     ("x.index_select(0, of)", "x[of]", "same_each_time"),
     ("valid=cache.valid[of], pos=cache.pos[of])", "valid=cache.valid[of], pos=cache.pos[of] * 0)", "plain_rows"),
+    ("begin = [[0 if text.seed else max(run.cfg.positions // 8 - len(head), 0)]", "begin = [[0]", "stand_at_one"),
+    ("begin = [[0 if text.seed else", "begin = [[0 if False else", "seed_protocol"),
     ("target = put(ids[rows, :most], vectors.device)", "target = put(np.roll(ids[rows, :most], 1, 1), vectors.device)",
      "plain_rows"),
     ("step // len(cfg.kinds) % 4", "step % 4", "oracles_are_trained"),
