@@ -1157,13 +1157,13 @@ def test_whole_run_in_miniature(mini):
 
 def test_whole_run_behind_a_bottleneck(mini, tmp_path, monkeypatch):
     """All that a run can measure at once runs end to end, in bfloat16 too, and a later part takes it up."""
-    args = [*MINI, "--bottleneck", "--read-layers", "0,0.5", "--inject-layers", "0,0.4",
+    args = [*MINI, "--digits", 2, "--bottleneck", "--read-layers", "0,0.5", "--inject-layers", "0,0.4",
             "--thoughts", "pause", "--labels", "all", "--explain", 0.5, "--dtype", "bfloat16", "--prior", mini[0]]
     done = cli(*args, "--out", tmp_path / "run")
     assert done.returncode == 0 and "patch" in done.stdout, done.stderr
     assert co.parse(["--stage", "eval", "--out", str(tmp_path / "run")]).bottleneck
     r = json.loads((tmp_path / "run/results.json").read_text())
-    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "4", "all"]
+    assert list(r["coconut"]["stages"]) == ["0", "1", "2", "3", "all"]
     assert set(r["causal"]) == {"keep", "keep_by_slot", "interchange", "map", "faithfulness"}
     assert set(r["causal"]["keep"]) == {"mean", "swap", "noise"} and r["causal"]["keep"]["mean"]["n"] == 24
     assert set(r["causal"]["faithfulness"]) == {"gold", "linear", "mlp", *co.MODEL_QUESTIONS}
@@ -1613,7 +1613,7 @@ def test_training_learns(tmp_path):
 def test_two_processes_train_what_one_does(tmp_path):
     """Two gloo processes, half a batch each, end with the weights of one process to rounding; one of them prints."""
     args = [*MINI, "--train-text", "6,1e-3,0", "--train-mixed", "3,1e-3,0", "--train-latent", "4,1e-3,0",
-            "--batch-size", "8", "--train-oracle", "4,1e-3,0", "--train-lora", "4,1e-3,0"]
+            "--eval-problems", "4", "--batch-size", "8", "--train-oracle", "4,1e-3,0", "--train-lora", "4,1e-3,0"]
     one = cli(*args, "--out", tmp_path / "one")
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
                           "29511", "cocoracle.py", *map(str, args), "--out", str(tmp_path / "two")],
