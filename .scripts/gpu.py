@@ -26,7 +26,7 @@ TIMES = 3  # compiled bfloat16 may be so many times as far from float32 as eager
 
 def note(folder, name, **numbers):
     """Record numbers under a name in checks.json, and print them."""
-    checks = {name: numbers}
+    checks = {**co.load_json(folder / "checks.json"), name: numbers}
     co.write_atomic(folder / "checks.json", json.dumps(checks, indent=1) + "\n")
     shown = ", ".join(f"{key} {number}" for key, number in numbers.items() if key != "ok")
     print(f"{'ok    ' if numbers['ok'] else 'FAILED'} {name}: {shown}", flush=True)
