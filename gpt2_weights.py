@@ -302,8 +302,7 @@ def _tokenizer(ranks: dict[bytes, int], pattern: str, special: dict[str, int]) -
     steps = {"type": "Sequence", "pretokenizers": [split, level]}
     return {"added_tokens": added, "pre_tokenizer": steps, "decoder": level, "model": model}
 
-def _peft_name(name: str) -> str:
-    """h.0.attn.c_attn.lora_a -> base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"""
+def _peft_name(name: str) -> str:  # h.0.attn.c_attn.lora_a -> base_model.model.transformer...c_attn.lora_A.weight
     return f"base_model.model.transformer.{name[:-1]}{name[-1].upper()}.weight"
 
 def save_adapter(directory, tensors: dict[str, torch.Tensor], rank: int, alpha: float, base: str) -> None:

@@ -733,10 +733,21 @@ TORTURE = pytest.mark.skipif(os.environ.get("COCORACLE_LONG") != "torture", reas
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory):
     """-> folder of a finished run of faithful thoughts, trained for a minute; its results; what it printed."""
-    out = tmp_path_factory.mktemp("mini") / "run"
-    done = cli(*MINI, "--out", out)
-    assert done.returncode == 0, done.stderr
-    return out, json.loads((out / "results.json").read_text()), done.stdout
+    # one for all processes of this test run
+    name = f"mini-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    folder = tmp_path_factory.getbasetemp().parent / name
+    out = folder / "run"
+    try:
+        folder.mkdir()
+        done = cli(*MINI, "--out", out)
+        (folder / "printed").write_text(done.stdout)
+        (folder / "ended").write_text(done.stderr)
+    except FileExistsError:
+        while not (folder / "ended").exists():
+            time.sleep(0.5)
+    results = out / "results.json"
+    assert results.exists(), (folder / "ended").read_text()
+    return out, json.loads(results.read_text()), (folder / "printed").read_text()
 
 def short(out, *args):
     """A whole run of few steps in this process -> its results."""
