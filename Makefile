@@ -15,7 +15,7 @@ parity: .venv/test.ok
 
 # Ten kills at random moments for each of two kinds of thoughts: 10 minutes.
 torture: .venv/test.ok
-	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated or compiled"
+	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated or compiled or every_kind"
 
 # Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
 bench: .venv/run.ok

@@ -871,7 +871,8 @@ def test_from_pretrained_loads_what_is_saved(mini):
     for s in ("347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x", *run.text.held_out.values()):
         assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
 
-@pytest.mark.parametrize("kind", [kind for kind in co.KINDS if kind != "faithful"])
+@pytest.mark.parametrize("kind", ["none", "plain", "explained", pytest.param("pause", marks=TORTURE),
+                                  pytest.param("bottleneck", marks=TORTURE)])
 def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
     """Each kind trains, is measured and reported; sections that it cannot have are absent."""
     monkeypatch.setattr(co, "LOG_EVERY", 1)
