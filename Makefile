@@ -7,7 +7,7 @@ run: .venv/run.ok
 	$(BIN)/python cocoracle.py --stage all $(ARGS)
 
 test: .venv/test.ok
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_cocoracle.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_cocoracle.py .scripts
 
 # Released GPT-2 against transformers at the size of gpt2-large too: minutes.
 parity: .venv/test.ok
@@ -15,7 +15,15 @@ parity: .venv/test.ok
 
 # Ten kills at random moments for each of two kinds of thoughts: 10 minutes.
 torture: .venv/test.ok
-	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py -k "killed_at or altered or mutated or compiled or every_kind"
+	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py .scripts -k "killed_at or altered or mutated or compiled or every_kind"
+
+# All kinds of thoughts over seeds, trained alike: hours. The same again goes on where it was stopped.
+# `make compare SEEDS=2 JOBS=2 ARGS="--digits 2,3" KINDS="plain faithful"`
+COMPARE ?= runs/compare
+SEEDS ?= 5
+JOBS ?= 1
+compare: .venv/run.ok
+	$(BIN)/python .scripts/compare.py $(COMPARE) $(SEEDS) $(JOBS) $(ARGS)
 
 # Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
 bench: .venv/run.ok
@@ -39,7 +47,7 @@ shape:
 # Lines that `make test` runs, also in the processes that it starts.
 coverage: .venv/test.ok
 	$(BIN)/python -m pip install --disable-pip-version-check -q pytest-cov==7.0.0
-	$(BIN)/python -m pytest -q --cov=cocoracle --cov=gpt2_weights --cov-report=term-missing test_cocoracle.py
+	$(BIN)/python -m pytest -q --cov=cocoracle --cov=gpt2_weights --cov-report=term-missing test_cocoracle.py .scripts
 
 # From a clone, in an empty environment: `make run` (short) and `make test`.
 fresh:
@@ -59,4 +67,6 @@ fresh:
 clean:
 	rm -rf .venv .pytest_cache .hypothesis __pycache__
 
-.PHONY: run test parity torture bench seed gpu shape coverage fresh clean
+export KINDS ?= faithful explained plain bottleneck pause none random
+
+.PHONY: run test parity torture compare bench seed gpu shape coverage fresh clean

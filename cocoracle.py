@@ -30,13 +30,13 @@ Glossary
   slot      index of a step or thought in its problem (D digits make D+1, the last the final carry)
   stage k   the last k slots are thoughts, those before are text: "0" is all text, "all" the last
   layer l   the residual stream after l blocks: 0 is what enters the first block
-  reading   the residual stream of one thought at the layers read
+  reading   the residual stream of one thought at the layer read
   oracle    a model that gets a reading injected at <act> and answers a question about it
   donor     the problem whose thought is given
   the seed  syvb/cocoracle, the project that this one re-implements
   a rate    {"exact": share, "n": number, "ci95": interval}, as in results.json
-  B batch, T positions of this call, S positions before, C width, V vocabulary, L layers, H heads,
-  K thoughts, R layers read, N readings
+  B batch, T positions of this call, S positions before, C width, V vocabulary, H heads,
+  K thoughts, N readings
 """
 
 import argparse
@@ -107,54 +107,53 @@ FINE_TUNED = {**dict.fromkeys(("text", "mixed", "oracle", "lora", "last"), Rates
               "probes": FROM_SCRATCH["probes"]}
 LARGE = {"batch_size": 128, "train_text": 2000, "train_mixed": 500, "train_latent": 3000,
          "train_oracle": 6000, "train_lora": 6000}
+AGAIN = 0.15  # share of the last stage's steps that repeat stage 0: text on demand
 EXPLAIN = 0.3  # weight of the explaining loss
 REHEARSAL = 0.25  # share of a fine-tuned oracle's steps that repeat the coconut's own task too
 OTHER = 0.02  # share of a reader's questions in each family but the first, the step
+SCALE = 2.0  # of an injected reading, relative to the state it is added to
 LORA_RANK = 32
 SAVE_EVERY = 60.0  # seconds between checkpoints
 LOG_EVERY = 100  # steps
 
-def flag(default, help, low=1, high=math.inf, choices=None):
+def flag(default, help, choices=None, low=1):
     """A field of Config: its default and, for the command line, its help and limits."""
-    limits = {"help": help, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=limits)
+    metadata = {"help": help, "choices": choices, "low": low}
+    return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every knob, with tiny's defaults (other sizes: see LARGE). The command line is made of it."""
-    stage: str = flag("all", "what to run; all: everything but ask, in order", choices=(
+    stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
-    model: str = flag("tiny", "size of the GPT-2", choices=tuple(SIZES))
+    model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))
     init: str = flag("auto", "auto: scratch for tiny, else GPT-2's released weights",
-                     choices=("auto", "pretrained", "scratch"))
+                     ("auto", "pretrained", "scratch"))
     weights: str = flag("", "folder with GPT-2's released files (else fetched, and cached)")
     out: str = flag("", "folder of the run (default runs/MODEL)")
     resume: bool = flag(False, "go on with the run in --out")
-    seed: int = flag(0, "seed of weights and data", low=0, high=2**31)
-    device: str = flag("auto", "auto: the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    seed: int = flag(0, "seed of weights and data", low=0)
+    device: str = flag("auto", "auto: the GPU if there is one", ("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto: bfloat16 on a GPU, float32 on a CPU",
-                      choices=("auto", "float32", "bfloat16"))
+                      ("auto", "float32", "bfloat16"))
     compile: bool = flag(None, "torch.compile the blocks (default: on a GPU)")
     # the experiment
     task: str = flag("", "FILE.py with a class Task of your own, in place of sums")
-    digits: tuple = flag((2, 3, 4), "sizes of problems, as `2-4` or `2,3`", high=99)
-    thoughts: str = flag("faithful", "kind of thoughts, see KINDS", choices=tuple(KINDS))
-    read_layers: tuple = flag((0.5,), "layers read, as shares of the depth", low=0, high=1)
-    inject_layers: tuple = flag((), "layers that a reading is added to (default: the one before "
-                                "the highest one read)", low=0, high=1)
-    scale: float = flag(2.0, "strength of a reading, relative to the state it is added to", low=0)
+    digits: tuple = flag((2, 3, 4), "sizes of problems, as `2-4` or `2,3`")
+    thoughts: str = flag("faithful", "kind of thoughts, see KINDS", tuple(KINDS))
+    read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0)
     # training, in steps
     batch_size: int = flag(64, "problems (or readings) in a step", low=2)
     accumulate: int = flag(1, "parts of that size in a step, each of its own problems")
-    train_text: int = flag(250, "stage 0, all text")
-    train_mixed: int = flag(80, "stage 1; stage k takes k times as many")
-    train_latent: int = flag(1200, "the last stage once more, with its ingredients")
-    train_oracle: int = flag(2300, "the fine-tuned self-oracle")
-    train_lora: int = flag(450, "the LoRA oracle")
-    train_probes: int = flag(1000, "each probe, of 512 readings a step")
+    train_text: int = flag(250, "stage 0, all text", low=0)
+    train_mixed: int = flag(80, "stage 1; stage k takes k times as many", low=0)
+    train_latent: int = flag(1600, "the last stage once more, with its ingredients", low=0)
+    train_oracle: int = flag(2300, "the fine-tuned self-oracle", low=0)
+    train_lora: int = flag(450, "the LoRA oracle", low=0)
+    train_probes: int = flag(1000, "each probe, of 512 readings a step", low=0)
     # evaluation
-    eval_problems: int = flag(1000, "held-out problems, split evenly over --digits", low=4)
-    split: str = flag("test", "where they come from", choices=("validation", "test"))
+    eval_problems: int = flag(1000, "held-out problems, split evenly over --digits")
+    split: str = flag("test", "where they come from", ("validation", "test"))
 
     @property
     def kind(self):
@@ -172,18 +171,10 @@ class Config:
     def positions(self):
         return 256 if self.model == "tiny" else 1024
 
-    def depths(self, shares):
-        return tuple(sorted({math.ceil(share * SIZES[self.model][0]) for share in shares}))
-
     @property
-    def layers(self):
-        """The layers read, lowest first."""
-        return self.depths(self.read_layers)
-
-    @property
-    def into_layers(self):
-        """Where readings are added: as in the seed, one layer before the highest one read."""
-        return self.depths(self.inject_layers) or (max(self.layers[-1] - 1, 0),)
+    def layer(self):
+        """The layer read. A reading is added one layer before, as in the seed."""
+        return math.ceil(self.read_layer * SIZES[self.model][0])
 
 class UserError(Exception):
     """A user's mistake: one line that says what to do; the exit code is 2."""
@@ -224,6 +215,7 @@ def split_of(key):
 class Sums:
     """The task: a + b of equally many digits. A task of your own (--task) has the same names."""
     FIELDS = {"a": 10, "b": 10, "carry": 2, "digit": 10}  # of a step: name, number of classes
+    NEVER_READ = {(0, 6), (1, 7), (2, 5), (3, 9), (4, 4), (6, 8)}  # of 55 unordered digit pairs
     words = "write carry"  # that the vocabulary from scratch should hold, beside the questions'
 
     def __init__(self, sizes):
@@ -273,6 +265,10 @@ class Sums:
         """Values of FIELDS; None for steps that figures leave out: a final carry has two forms."""
         return None if step.a is None else {name: getattr(step, name) for name in self.FIELDS}
 
+    def never_read(self, step):
+        """Whether no reader is ever trained on such a step: does it know the rule, or a list?"""
+        return step.a is not None and (min(step[:2]), max(step[:2])) in self.NEVER_READ
+
     def looser(self, said):
         """What of a step's words must agree for measures that ask for less."""
         operands, _, rest = said.partition("=")
@@ -281,7 +277,7 @@ class Sums:
 
     def typed(self, line):
         """What a person typed -> a problem, or None."""
-        match = re.fullmatch(r"([1-9]\d*) *\+ *([1-9]\d*)", line, re.ASCII)
+        match = re.fullmatch(r"([1-9]\d{0,98}) *\+ *([1-9]\d{0,98})", line, re.ASCII)
         same = match and len(match[1]) == len(match[2])
         return (int(match[1]), int(match[2])) if same else None
 
@@ -303,10 +299,10 @@ WHOLE = ("answer", "problem")
 def wordings(nouns):
     """Every way to ask for one of the nouns."""
     questions = []
-    for opener in ("What is", "Which is", "Write"):
-        for noun in nouns:
-            for place in (" at this reasoning step", " at this step", " of this step", ""):
-                questions.append(f"{opener} {noun}{place}{'.' if opener == 'Write' else '?'}")
+    for noun in nouns:
+        for place in (" at this reasoning step", " at this step", " of this step", ""):
+            phrase = noun + place
+            questions += [f"What is {phrase}?", f"Which is {phrase}?", f"Write {phrase}."]
     return questions
 
 def rng_of(seed, *where):
@@ -424,11 +420,11 @@ def make_batch(run, problems, works, n_text):
 class Conv1D(nn.Module):
     """GPT-2's linear layer, y = x W + b with W (in, out), and room for an adapter (section 6)."""
 
-    def __init__(self, n_in, n_out, std):
+    def __init__(self, n_in, n_out):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_in, n_out) * std)
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out))
-        self.cast = None  # the weight in bfloat16, within precision() (section 7)
+        self.cast = None  # the weight in bfloat16, within precision()
         self.lora_scale = 0.0
 
     def forward(self, x):
@@ -439,10 +435,10 @@ class Conv1D(nn.Module):
         return y
 
 class Attention(nn.Module):
-    def __init__(self, width, heads, std, out_std):
+    def __init__(self, width, heads):
         super().__init__()
-        self.c_attn = Conv1D(width, 3 * width, std)
-        self.c_proj = Conv1D(width, width, out_std)
+        self.c_attn = Conv1D(width, 3 * width)
+        self.c_proj = Conv1D(width, width)
         self.heads = heads
 
     def forward(self, qkv, past, mask, last):
@@ -462,10 +458,10 @@ class Attention(nn.Module):
         return y.transpose(1, 2).reshape(B, last, width // 3), new
 
 class MLP(nn.Module):
-    def __init__(self, width, std, out_std):
+    def __init__(self, width):
         super().__init__()
-        self.c_fc = Conv1D(width, 4 * width, std)
-        self.c_proj = Conv1D(4 * width, width, out_std)
+        self.c_fc = Conv1D(width, 4 * width)
+        self.c_proj = Conv1D(4 * width, width)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -475,12 +471,12 @@ def rows_of(x):
     return torch.ops.aten._unsafe_view(x.contiguous(), (-1, x.shape[-1]))
 
 class Block(nn.Module):
-    def __init__(self, width, heads, std, out_std):
+    def __init__(self, width, heads):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads, std, out_std)
+        self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, std, out_std)
+        self.mlp = MLP(width)
 
     def before(self, x):
         """(N, C) -> (N, 3C): queries, keys and values."""
@@ -513,44 +509,41 @@ class Segment(NamedTuple):
         kv = tuple((change(k), change(v)) for k, v in self.kv)
         return Segment(kv, None if self.valid is None else change(self.valid))
 
-def visible(past, x, valid):
-    """Which positions of the segments and of x (B, T, C) are no padding -> (B, S+T), None: all."""
-    masks = [segment.valid for segment in past] + [valid]
-    if all(mask is None for mask in masks):
-        return None
-    lengths = [segment.kv[0][0].shape[2] for segment in past] + [x.shape[1]]
-    for i, mask in enumerate(masks):
-        if mask is None:
-            masks[i] = torch.ones(len(x), lengths[i], dtype=torch.bool, device=x.device)
-    return torch.cat(masks, dim=1)
-
-def attention_mask(T, S, seen, device):
-    """Bool (B|1, 1, T, S+T), True where a query may see a key; None where causal attention does.
+def attention_mask(x, past, valid, last):
+    """Bool (B|1, 1, T, S+T), True where a query may see a key. None where it need not be told: one
+    query that may see all, or causal attention with nothing before.
 
     A padding query still sees itself: a softmax over nothing would be NaN. No real query sees it.
     """
-    if seen is None and (S == 0 or T == 1):
+    B, T, _ = x.shape
+    known = [(segment.valid, segment.kv[0][0].shape[2]) for segment in past] + [(valid, T)]
+    S = sum(length for _, length in known[:-1])
+    padded = any(seen is not None for seen, _ in known)
+    if not padded and (T == 1 or S == 0 and last in (1, T)):
         return None
-    mask = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(diagonal=S)[None]
-    if seen is not None:
-        itself = F.pad(torch.eye(T, dtype=torch.bool, device=device), (S, 0))
-        mask = mask & (seen[:, None, :] | itself[None])
+    mask = x.new_ones(T, S + T, dtype=torch.bool).tril(diagonal=S)[None]
+    if padded:
+        seen = [x.new_ones(B, n, dtype=torch.bool) if v is None else v for v, n in known]
+        itself = F.pad(torch.eye(T, dtype=torch.bool, device=x.device), (S, 0))
+        mask = mask & (torch.cat(seen, dim=1)[:, None, :] | itself[None])
     return mask[:, None]
 
 class GPT(nn.Module):
-    def __init__(self, n_vocab, layers, heads, width, positions, read=()):
-        """read: the layers whose residual streams are kept."""
+    def __init__(self, n_vocab, layers, heads, width, positions, read):
+        """read: the layer whose residual stream is kept."""
         super().__init__()
         self.read = read
-        # 0.018 at GPT-2's width of 768 (GPT-2: 0.02); scaled so, small widths start as well
-        std = 0.5 / math.sqrt(width)
-        out_std = std / math.sqrt(2 * layers)  # residual branches, GPT-2 section 2.3
         self.wte = nn.Embedding(n_vocab, width)
         self.wpe = nn.Embedding(positions, width)
-        self.h = nn.ModuleList(Block(width, heads, std, out_std) for _ in range(layers))
+        self.h = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)
-        nn.init.normal_(self.wte.weight, std=std)
-        nn.init.normal_(self.wpe.weight, std=std / 2)
+        # 0.018 at GPT-2's width of 768 (GPT-2: 0.02); scaled so, small widths start as well.
+        # Residual branches end in smaller weights (GPT-2, section 2.3).
+        std = 0.5 / math.sqrt(width)
+        smaller = {"wpe": 0.5, "c_proj": 1 / math.sqrt(2 * layers)}
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=std * smaller.get(name.split(".")[-2], 1))
 
     def forward(self, x, past=(), pos=0, valid=None, inject=None, last=None):
         """Run embeddings through the blocks, after what the segments in `past` hold.
@@ -558,34 +551,30 @@ class GPT(nn.Module):
         x (B, T, C): token embeddings or thoughts, without positions; pos: position of the first
         one, an int or (B, 1); valid (B, T) bool: False at padding; inject: an Injection below the
         last layer; last: how many hidden states are wanted, from the end.
-        -> hidden states after ln_f (B, last, C); the new Segment; the residual streams of the
-        layers in self.read, each (B, T, C), but (B, last, C) after the last block.
+        -> hidden states after ln_f (B, last, C); the new Segment; the residual stream at layer
+        self.read (B, T, C), but (B, last, C) after the last block.
         """
-        B, T, _ = x.shape
+        T = x.shape[1]
         last = last or T
         x = x + self.wpe(self.places(x, pos, valid))
-        S = sum(segment.kv[0][0].shape[2] for segment in past)
-        seen = visible(past, x, valid)  # (B, S+T) or None
-        mask = attention_mask(T, S, seen, x.device)
-        kv, streams = [], []
+        mask = attention_mask(x, past, valid, last)
+        kv, streams, wanted = [], [], T
         for layer, block in enumerate(self.h):
-            if inject:
-                x = inject.at(layer, x)
+            if inject and inject.layer == layer:
+                x = inject.into(x)
             streams.append(x)
-            n = T
             if layer == len(self.h) - 1 and last < T:
                 # The last block is spared what nobody reads (tiny's oracle step: 71 -> 57 ms).
-                n, mask = last, attention_mask(last, S + T - last, seen, x.device)
-            x, new = block(x, [segment.kv[layer] for segment in past], mask, n)
+                wanted, mask = last, None if mask is None else mask[:, :, T - last:]
+            x, new = block(x, [segment.kv[layer] for segment in past], mask, wanted)
             kv.append(new)
         streams.append(x)
-        return self.ln_f(x), Segment(tuple(kv), valid), [streams[layer] for layer in self.read]
+        return self.ln_f(x), Segment(tuple(kv), valid), streams[self.read]
 
     def places(self, x, pos, valid):
         """Positions of x, counting real tokens only -> (B|1, T)."""
-        T = x.shape[1]
         if valid is None:
-            places = torch.arange(T, device=x.device)[None] + pos
+            places = torch.arange(x.shape[1], device=x.device)[None] + pos
         else:
             places = pos + valid.cumsum(1) - 1
         # padding before the first token may be at -1, and text may run away: both are kept inside
@@ -638,7 +627,7 @@ class Thought(NamedTuple):
     """One latent position of a batch of problems, as a thing that can be held and given."""
     seen: Segment  # its keys and values: all that later positions see of it
     hidden: torch.Tensor  # (B, 1, C) its last hidden state: what the next thought is fed
-    reading: torch.Tensor  # (B, R, C) the residual stream at the layers read
+    reading: torch.Tensor  # (B, C) the residual stream at the layer read
 
     def map(self, change):
         """The thought with every tensor changed."""
@@ -674,11 +663,14 @@ def think(model, problem, count, given={}):
         else:
             x = hidden if problem.pause is None else problem.pause.expand_as(hidden)
             past = [*problem.past, *(earlier.seen for earlier in thoughts)]
-            hidden, seen, streams = model(x, past, problem.end + slot)
-            reading = torch.stack([stream[:, 0] for stream in streams], dim=1)
-            thoughts.append(Thought(seen, hidden, reading))
+            hidden, seen, stream = model(x, past, problem.end + slot)
+            thoughts.append(Thought(seen, hidden, stream[:, 0]))
         hidden = thoughts[-1].hidden
     return thoughts
+
+def readings_of(thoughts):
+    """(B, K, C)."""
+    return torch.stack([thought.reading for thought in thoughts], dim=1)
 
 def plan(run, slots, stage):
     """A stage ("0", "1", ..., "all") of problems of so many slots -> text steps, thoughts."""
@@ -741,22 +733,21 @@ def answer(run, model, problem, thoughts):
 # 6. Reading: injection (Activation Oracles, section 3), the question, the answer, LoRA
 
 class Injection(NamedTuple):
-    """Readings to be added to the residual stream: h' = h + scale * ||h|| * v / ||v||."""
-    vectors: torch.Tensor  # (B, R, C), one for each <act> token
-    places: torch.Tensor  # (R,) where these stand, the same in all rows
-    layers: tuple
-    scale: float
+    """A reading to be added to the residual stream: h' = h + scale * ||h|| * v / ||v||."""
+    vectors: torch.Tensor  # (B, C)
+    place: int  # of the <act> token in the input, the same in all rows
+    layer: int
+    scale: float = SCALE
 
-    def at(self, layer, x):
-        """x (B, T, C) with the vectors added, out of place, if this is a layer for it."""
-        if layer not in self.layers:
-            return x
+    def into(self, x):
+        """x (B, T, C) with the vectors added, out of place."""
+        size = self.scale * x[:, self.place].norm(dim=-1, keepdim=True)
         norm = self.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        size = self.scale * x.index_select(1, self.places).norm(dim=-1, keepdim=True)
-        return x.index_add(1, self.places, (size * self.vectors / norm).to(x.dtype))
+        added = (size * self.vectors / norm).to(x.dtype)[:, None]  # (B, 1, C)
+        return x + F.pad(added, (0, 0, self.place, x.shape[1] - self.place - 1))
 
 class Whitener:
-    """Readings, centred and of unit variance in all directions, each layer by itself.
+    """Readings, centred and of unit variance in all directions.
 
     Thoughts vary by orders of magnitude more along what the model uses than along the rest, and
     injected as they are, the rest is lost. ZCA (Kessy et al. 2018) is the whitening that stays
@@ -764,115 +755,112 @@ class Whitener:
     """
 
     def __init__(self, readings):
-        """readings: (N, R, C) of training problems. In float64, which autocast leaves alone."""
+        """readings: (N, C) of training problems. In float64, which autocast leaves alone."""
         x = readings.double()
         self.mean = x.mean(0)
-        matrices = []
-        for layer in (x - self.mean).unbind(1):
-            variance, axes = torch.linalg.eigh(torch.cov(layer.T))
-            spread = variance.clamp_min(0) + 1e-6 * variance.max()
-            matrices.append(axes @ torch.diag(spread.rsqrt()) @ axes.T)
-        self.zca = torch.stack(matrices)  # (R, C, C)
+        variance, axes = torch.linalg.eigh(torch.cov(x.T))
+        spread = variance.clamp_min(0) + 1e-6 * variance.max()
+        self.zca = axes @ torch.diag(spread.rsqrt()) @ axes.T  # (C, C)
 
     def __call__(self, readings):
-        """(..., R, C) -> the same shape."""
-        centred = readings.double() - self.mean
-        return torch.einsum("...rc,rcd->...rd", centred, self.zca).float()
+        """(..., C) -> the same shape."""
+        return ((readings.double() - self.mean) @ self.zca).float()
 
 class Oracle(NamedTuple):
     """A model that reads thoughts, and how readings are prepared for it (None: as they are)."""
     model: GPT
     white: Whitener | None = None
 
-def prompt(run, question):
-    """The question, then an <act> token for each layer read. (The seed's has the question last.
-    First, it is computed once for all readings.)"""
-    layers = ", ".join(map(str, run.cfg.layers))
-    return f"{question} Layer {layers}:" + "<act>" * len(run.cfg.layers)
+def consult(run, model, questions, vectors, said, last):
+    """Ask questions, one a row, about readings (B, C), and go on with the tokens said (B, T') after
+    them -> the last hidden states (B, last, C), segments, the next position (B, 1).
 
-def consult(run, model, prompts, vectors, said, last):
-    """Run prompts with readings (B, R, C) in them, and the tokens said (B, T') after them -> the
-    last hidden states (B, last, C), segments, the next position (B, 1).
-
-    What comes before the first <act> is computed once for each different prompt, and ends at the
-    same position in all. Where it did not, steps were learnt anew for each length of question.
+    A prompt is the question and <act>. (The seed's has the question last. First, each different one
+    is computed once.) All end at the same position. Where they did not, steps were learnt anew for
+    each length of question.
     """
-    text, device = run.text, said.device
-    number = {question: n for n, question in enumerate(dict.fromkeys(prompts))}
-    ids = [text.ids(question) for question in number]
-    heads = [row[:row.index(text.act)] for row in ids]
-    tail = ids[0][len(heads[0]):]
-    heads = heads * 2 if len(heads) == 1 else heads  # one row would be compiled anew
-    head, valid = pad(heads, text.eos, left=True), pad([[1] * len(h) for h in heads], 0, left=True)
-    lengths = valid.sum(1, keepdims=True)
+    number = {question: n for n, question in enumerate(dict.fromkeys(questions))}
+    heads = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
+    lengths = np.array([[len(head)] for head in heads])
     begin = np.maximum(run.cfg.positions // 8 - lengths, 0)
-    x = model.wte(put(head, device))
-    _, segment, _ = model(x, (), put(begin, device), put(valid == 1, device), last=1)
-    which = put([number[question] for question in prompts], device)
+    ids = pad(heads, run.text.eos, left=True)
+    valid = np.arange(ids.shape[1]) >= ids.shape[1] - lengths
+    ids, valid, begin, end = [put(x, said.device) for x in (ids, valid, begin, begin + lengths)]
+    _, segment, _ = model(model.wte(ids), (), begin, valid, last=1)
+    which = put([number[question] for question in questions], said.device)
     # index_select: on a CPU the backward of x[which] sums in any order, so that runs would differ
     segment = segment.map(lambda x: x.index_select(0, which))
-    end = put(begin + lengths, device)[which]
-    rest = torch.cat([put([tail], device).expand(len(said), -1), said], dim=1)
-    places = put([at for at, token in enumerate(tail) if token == text.act], device)
-    injection = Injection(vectors, places, run.cfg.into_layers, run.cfg.scale)
-    hidden, new, _ = model(model.wte(rest), [segment], end, inject=injection, last=last)
-    return hidden, [segment, new], end + rest.shape[1]
+    tail = F.pad(said, (1, 0), value=run.text.act)
+    injection = Injection(vectors, place=0, layer=max(run.cfg.layer - 1, 0))
+    hidden, new, _ = model(model.wte(tail), [segment], end[which], inject=injection, last=last)
+    return hidden, [segment, new], end[which] + tail.shape[1]
 
-def oracle_loss(run, model, prompts, targets, vectors, most=None):
+def oracle_loss(run, model, questions, targets, vectors, most=None):
     """Nats a token of what should be said (a list of text), at most its first `most` tokens, and
     (B,) 1. where all of it is right. Built from token ids, never from the length of strings."""
     eos = run.text.eos
     ids = pad([(*run.text.ids(target), eos) for target in targets], IGNORE)
     target = put(ids[:, :most], vectors.device)
     said = target[:, :-1].masked_fill(target[:, :-1] == IGNORE, eos)
-    hidden, _, _ = consult(run, model, prompts, vectors, said, last=target.shape[1])
+    hidden, _, _ = consult(run, model, questions, vectors, said, last=target.shape[1])
     logits = model.logits(hidden)
     return token_loss(logits, target), all_right(logits, target)
 
 def ask(run, oracle, readings, question=None):
     """Greedy answers, a list of text, to one question (default: the step, in the wording kept from
-    training) about readings (B, R, C). Where nothing whitens them, zeros inject nothing."""
-    answers, eos, n = [], run.text.eos, len(readings)
-    asked = prompt(run, question or run.text.held_out["step"])
-    readings = readings.expand(2, -1, -1) if n == 1 else readings  # as in consult()
-    for chunk in readings.tensor_split(math.ceil(n / 1000)):
+    training) about readings (N, C). Where nothing whitens them, zeros inject nothing."""
+    answers, eos = [], run.text.eos
+    question = question or run.text.held_out["step"]
+    for chunk in readings.split(1000):
         vectors = oracle.white(chunk) if oracle.white else chunk.float()
         nothing = torch.zeros(len(chunk), 0, dtype=torch.long, device=chunk.device)
         with evaluating(run, oracle.model):
-            hidden, past, end = consult(
-                run, oracle.model, [asked] * len(chunk), vectors, nothing, last=1)
+            asked = [question] * len(chunk)
+            hidden, past, end = consult(run, oracle.model, asked, vectors, nothing, last=1)
             begun = Problem(past, hidden, end)
             ids, _ = write(oracle.model, begun, eos, run.text.longest + 2)
         answers += [run.text.show(row) for row in ids.tolist()]
-    return answers[:n]
+    return answers
 
 def truth(task, problem, steps, slot, family):
     """What a question of this family about the thought of a slot should be answered."""
     if family in task.FIELDS:
-        return str(task.fields(steps[slot])[family])
+        fields = task.fields(steps[slot])
+        return str(fields[family]) if fields else "none"
     return {"step": task.say(steps[slot]), "slot": str(slot), "answer": task.spell(steps),
             "problem": task.text(problem)}[family]
 
-def question_rows(run, rng, families, problems, works, slots):
-    """A question about one thought of each problem, of its step, and in a few rows of each other
-    family -> prompts, targets, slots (the last one where the question is about the whole)."""
-    chances = [1 - OTHER * (len(families) - 1)] + [OTHER] * (len(families) - 1)
+def readable(task, rng, works, low=0):
+    """As many thoughts, of slots from `low` on, as there are works, for a reader in training ->
+    rows, slots (arrays). Never one whose step is never read."""
+    places, last = [], len(works[0]) - 1
+    for row, steps in enumerate(works):
+        for slot in range(low, last + 1):
+            if not task.never_read(steps[slot]):
+                # half as many last ones: a final carry has two forms
+                places += [(row, slot)] * (1 if slot == last else 2)
+    return rng.choice(places, size=len(works)).T
+
+def draw_questions(run, rng, families, problems, works, low=0):
+    """Questions about thoughts, one a row: of their step and, in a few rows, of each other family
+    -> questions, targets, rows and slots of the thoughts (the last slot, if about the whole)."""
+    others = len(families) - 1
+    drawn = rng.choice(families, size=len(works), p=[1 - OTHER * others] + [OTHER] * others)
     # one wording a family and batch: fewer prompts
     wording = {family: str(rng.choice(run.text.trained[family])) for family in families}
-    prompts, targets, slots = [], [], slots.copy()
-    for row, family in enumerate(rng.choice(families, size=len(problems), p=chances).tolist()):
-        steps = works[row]
-        if family in WHOLE:
-            slots[row] = len(steps) - 1
-        if family in run.task.FIELDS and run.task.fields(steps[slots[row]]) is None:
-            family = "step"
-        prompts.append(prompt(run, wording[family]))
-        targets.append(truth(run.task, problems[row], steps, slots[row], family))
-    return prompts, targets, slots
+    rows, slots = readable(run.task, rng, works, low)
+    slots = np.where(np.isin(drawn, WHOLE), len(works[0]) - 1, slots)
+    questions, targets = [], []
+    for family, row, slot in zip(drawn.tolist(), rows, slots):
+        questions.append(wording[family])
+        targets.append(truth(run.task, problems[row], works[row], slot, family))
+    return questions, targets, rows, slots
 
-def one_of_each(readings, slots):
-    """Readings (B, K, R, C), a slot for each row -> (B, R, C)."""
-    return readings[torch.arange(len(slots)), put(slots, readings.device)]
+def pick(readings, rows, slots):
+    """Readings (B, K, C) of some rows and slots -> (N, C). By index_select: on a CPU, backwards
+    through readings[rows, slots] sums in any order, so that runs would differ."""
+    where = put(rows * readings.shape[1] + slots, readings.device)
+    return readings.flatten(0, 1).index_select(0, where)
 
 def add_lora(model):
     """Freeze the model and give every block matrix an adapter W + 2 A B (LoRA, section 4.1, alpha
@@ -912,7 +900,7 @@ def new_model(run, weights=None):
     # Without memory for what is replaced, but tiny is spared the 1.4 s of imports of "meta".
     with torch.device("meta" if weights and cfg.model != "tiny" else "cpu"):
         torch.manual_seed(cfg.seed)
-        model = GPT(run.text.size, *SIZES[cfg.model], cfg.positions, cfg.layers)
+        model = GPT(run.text.size, *SIZES[cfg.model], cfg.positions, cfg.layer)
     torch.manual_seed(cfg.seed)  # for adapters
     if weights:
         weights = {name: tensor.float() for name, tensor in weights.items()}
@@ -957,33 +945,23 @@ class Loss(NamedTuple):
     nats: torch.Tensor  # nats a token of what the model must write
     right: torch.Tensor  # (B,) 1. where all of it is right under teacher forcing
 
-def orthogonal(x):
-    """Matrices (n, rows, columns) with the same singular vectors and all singular values near 1, by
-    5 Newton-Schulz steps (Jordan et al. 2024)."""
-    x = x.bfloat16() if x.is_cuda else x
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x.mT if tall else x
-
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon, but in float32 on a CPU, where emulated bfloat16 took 60% of a step, and
-    all matrices of a shape at once. A step is scaled by sqrt(rows / columns) where there are more
-    rows: in GPT-2's layout, (in, out), in the MLP's second matrix. All rates were found so."""
+    """SGD with Nesterov momentum whose steps are made orthogonal by 5 Newton-Schulz steps (Jordan
+    et al. 2024). torch.optim.Muon does the same in bfloat16 alone, which a CPU emulates: 60% of
+    tiny's step. A step is scaled by sqrt(rows / columns) where there are more rows: in GPT-2's
+    layout, (in, out), in the MLP's second matrix. All rates were found so."""
 
     def __init__(self, params, lr, weight_decay):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
-        (group,), alike = self.param_groups, defaultdict(list)
+        (group,) = self.param_groups
+        alike = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 alike[p.shape].append(p)
-        for (rows, columns), matrices in alike.items():
+        for (rows, columns), matrices in alike.items():  # all of one shape at once
             updates = []
             for p in matrices:
                 if not self.state[p]:
@@ -991,9 +969,20 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                 updates.append(p.grad.lerp(momentum, 0.95))
             rate = group["lr"] * max(1, rows / columns) ** 0.5
-            for p, update in zip(matrices, orthogonal(torch.stack(updates))):
+            for p, update in zip(matrices, self.orthogonal(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=rate)
+
+    def orthogonal(self, x):
+        """Matrices (n, rows, columns) with all singular values brought near 1."""
+        x = x.bfloat16() if x.is_cuda else x
+        tall = x.shape[1] > x.shape[2]
+        x = x.mT if tall else x
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        return x.mT if tall else x
 
 def make_optimizers(model, rates):
     """AdamW, and Muon on the blocks' matrices where its rate is not 0."""
@@ -1126,19 +1115,16 @@ def record(run, **sections):
     write_atomic(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
-def wilson(p, n):
-    """A share p of n -> a rate, with its Wilson 95% interval (1927)."""
+def rate(hits):
+    """Booleans -> a rate, with its Wilson 95% interval (1927)."""
+    n = len(hits)
     if not n:
         return {"exact": 0.0, "n": 0, "ci95": [0.0, 1.0]}
-    z = 1.959964  # 95% of the normal distribution lie within
+    p, z = float(np.mean(hits)), 1.959964  # 95% of the normal distribution lie within z
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     return {"exact": p, "n": n, "ci95": [max(0.0, min(p, low)), min(1.0, max(p, high))]}
-
-def rate(hits):
-    """Booleans -> a rate."""
-    return wilson(float(np.mean(hits)) if len(hits) else 0.0, len(hits))
 
 def show_rate(r):
     low, high = r["ci95"]
@@ -1152,17 +1138,16 @@ def rows_before(rows, shift=1):
     return rows[-shift:] + rows[:-shift]
 
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
-    """Nats a token of what the model says, asked as an oracle is, of one live thought of each
-    problem: unwhitened, not detached. works: their steps, the last ones of which are thoughts.
-    slot: the one that was exchanged, or None: half of the time it, and those after it, are asked.
-    (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
+    """Nats a token of what the model says, asked as an oracle is, of live thoughts, one a problem:
+    unwhitened, not detached. works: their steps, the last ones of which are thoughts. slot: the one
+    that was exchanged, or None: half of the time it, and those after it, are asked. (SIM-CoT, arXiv
+    2509.20317, has a decoder of its own for this.)"""
     n_text = len(works[0]) - len(thoughts)
     low = slot if slot is not None and rng.random() < 0.5 else n_text
-    slots = rng.integers(low, len(works[0]), size=len(problems))
     families = ["step", "slot", *run.task.FIELDS]
-    prompts, targets, slots = question_rows(run, rng, families, problems, works, slots)
-    readings = torch.stack([thought.reading for thought in thoughts], dim=1)  # (B, K, R, C)
-    return oracle_loss(run, model, prompts, targets, one_of_each(readings, slots - n_text))[0]
+    questions, targets, rows, slots = draw_questions(run, rng, families, problems, works, low)
+    vectors = pick(readings_of(thoughts), rows, slots - n_text)
+    return oracle_loss(run, model, questions, targets, vectors)[0]
 
 def coconut_loss(run, model, stage, rng, n=None):
     """Loss of n fresh problems of one size at a stage: cross-entropy of what the model must write,
@@ -1179,7 +1164,8 @@ def coconut_loss(run, model, stage, rng, n=None):
     n_text, count = plan(run, len(works[0]), stage)
     slot = None  # that is exchanged
     if kind.exchange and run.exchanges and stage == "all" and rng.random() < 0.5:
-        slot = int(rng.integers(count))
+        # the last one twice as often: half of its exchanges change nothing
+        slot = min(int(rng.integers(count + 1)), count - 1)
         works = [task.work(problem, {slot: donor[slot]})
                  for problem, donor in zip(problems, rows_before(works))]
     batch = make_batch(run, problems, works, n_text)
@@ -1211,7 +1197,7 @@ def held_out(run, most, few=False):
     """The problems of every evaluation, in batches of one size, of at most so many."""
     cfg, batches = run.cfg, []
     n = min(200, cfg.eval_problems) if few else cfg.eval_problems
-    n = max(3, math.ceil(n / len(cfg.digits)))  # exchanges need two other problems
+    n = max(4, math.ceil(n / len(cfg.digits)))  # exchanges need three other problems
     split = TEST if cfg.split == "test" else VALIDATION
     for size in cfg.digits:
         problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), split, size, n)
@@ -1248,7 +1234,8 @@ def train_coconut(run):
         recipe, steps = named[stage] if stage in named else ("mixed", cfg.train_mixed * int(stage))
 
         def loss_of(step, rng):
-            return coconut_loss(run, model, stage, rng)
+            again = stage == "all" and rng.random() < AGAIN
+            return coconut_loss(run, model, "0" if again else stage, rng)
 
         fit(run, f"coconut {stage}", model, steps, cfg.rates[recipe], loss_of)
         if stage == "0" and not cfg.pretrained:
@@ -1262,11 +1249,10 @@ def train_coconut(run):
 # 9. Oracles that are trained: the seed's self-oracle, and LoRA
 
 def think_about(run, model, problems):
-    """Problems of one size -> readings of all their thoughts (B, K, R, C)."""
+    """Problems of one size -> readings of all their thoughts (B, K, C)."""
     problem, count, _ = read_problems(run, model, problems)
     with evaluating(run, model):
-        thoughts = think(model, problem, count)
-    return torch.stack([thought.reading for thought in thoughts], dim=1).float()
+        return readings_of(think(model, problem, count)).float()
 
 def whitener_of(run, model):
     """The Whitener of a model's thoughts: a function of the model and of training problems."""
@@ -1277,31 +1263,29 @@ def whitener_of(run, model):
     return Whitener(torch.cat(readings))
 
 class Pool:
-    """Whitened thoughts of fresh problems for readers in training: 512 of each size, made anew
-    every 32 steps, as a function of the step."""
+    """Whitened thoughts of fresh problems for readers in training: `each` of every size, made anew
+    every `life` steps, as a function of the step."""
 
-    def __init__(self, run, model):
-        self.run, self.model, self.refill = run, model, None
-        self.white = whitener_of(run, model)
+    def __init__(self, run, model, each=512, life=32):
+        self.run, self.model, self.each, self.life = run, model, each, life
+        self.refill, self.white = None, whitener_of(run, model)
 
     def draw(self, step, rng, n):
-        """n problems of one size -> problems, their steps, a slot of each, readings (n, K, R, C).
-        Last slots come half as often: a final carry has two forms."""
+        """n problems of one size -> problems, their steps, readings (n, K, C)."""
         run, sizes = self.run, sorted(self.run.cfg.digits)
-        if self.refill != step // 32:
-            self.refill, self.made = step // 32, []
+        if self.refill != step // self.life:
+            self.refill, self.made = step // self.life, []
             for size in sizes:
                 rng_made = rng_of(run.cfg.seed, "pool", size, self.refill)
-                problems = run.task.draw(rng_made, TRAIN, size, 512)
+                problems = run.task.draw(rng_made, TRAIN, size, self.each)
                 works = [run.task.work(problem) for problem in problems]
                 readings = self.white(think_about(run, self.model, problems))
                 self.made.append((problems, works, readings))
         shares = 2.0 ** np.arange(len(sizes))  # long problems are learnt later
         problems, works, readings = self.made[rng.choice(len(sizes), p=shares / shares.sum())]
         rows = rng.integers(len(problems), size=n)
-        slots = rng.integers(2 * len(works[0]) - 1, size=n) // 2
-        return ([problems[row] for row in rows], [works[row] for row in rows], slots,
-                readings[put(rows, readings.device)])
+        return [problems[row] for row in rows], [works[row] for row in rows], (
+            readings.index_select(0, put(rows, readings.device)))
 
 def train_oracle(run, name="oracle"):
     """The seed's self-oracle: the coconut, fine-tuned to read the thoughts of its frozen former
@@ -1313,14 +1297,14 @@ def train_oracle(run, name="oracle"):
         add_lora(model)
 
     def loss_of(step, rng):
-        problems, works, slots, readings = pool.draw(step, rng, cfg.batch_size)
-        prompts, targets, slots = question_rows(
-            run, rng, list(run.text.trained), problems, works, slots)
+        problems, works, readings = pool.draw(step, rng, cfg.batch_size)
+        families = list(run.text.trained)
+        questions, targets, rows, slots = draw_questions(run, rng, families, problems, works)
         # Operands come first and are learnt last: three steps of four go no further than half of
         # the longest step (600 steps in 28 s in place of 33, as good).
         most = max(1, run.text.longest // 2) if step % 4 else None
-        vectors = one_of_each(readings, slots)
-        loss, right = oracle_loss(run, model, prompts, targets, vectors, most)
+        vectors = pick(readings, rows, slots)
+        loss, right = oracle_loss(run, model, questions, targets, vectors, most)
         total = loss
         if not lora and rng.random() < REHEARSAL:
             # All thoughts: after text alone (as in the seed) no problem was still solved in
@@ -1346,37 +1330,37 @@ PROBES = {"linear": 0, "mlp": 512}  # name: width of the hidden layer
 def new_probe(run, hidden):
     """Classifiers of all fields of a step, side by side."""
     torch.manual_seed(run.cfg.seed)
-    width = SIZES[run.cfg.model][2] * len(run.cfg.layers)
+    width = SIZES[run.cfg.model][2]
     body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
     head = nn.Linear(hidden or width, sum(run.task.FIELDS.values()))
     return nn.Sequential(*body, head).to(run.cfg.device)
 
-def field_hits(run, probe, readings, labels):
-    """Readings (N, R, C), labels (N, fields) -> cross-entropy, (N, fields) bool: found."""
-    parts = probe(readings.flatten(1)).split(list(run.task.FIELDS.values()), dim=1)
+def field_hits(run, probe, readings, steps):
+    """Readings (N, C) and their steps -> cross-entropy, (N, fields) bool: found. What a step has no
+    fields of counts as found."""
+    labels = []
+    for step in steps:
+        fields = run.task.fields(step) or dict.fromkeys(run.task.FIELDS, IGNORE)
+        labels.append(list(fields.values()))
+    labels = put(labels, readings.device)  # (N, fields)
+    parts = probe(readings).split(list(run.task.FIELDS.values()), dim=1)
     loss = sum(F.cross_entropy(part.float(), label, ignore_index=IGNORE)
                for part, label in zip(parts, labels.T))
     found = torch.stack([part.argmax(1) for part in parts], dim=1)
     return loss, (found == labels) | (labels == IGNORE)
 
-def labels_of(run, steps):
-    """The fields of each step -> (N, fields). IGNORE where a step has none."""
-    labels = []
-    for step in steps:
-        fields = run.task.fields(step) or dict.fromkeys(run.task.FIELDS, IGNORE)
-        labels.append(list(fields.values()))
-    return put(labels, run.cfg.device)
-
 def train_probes(run):
     """Linear probes, and probes with one hidden layer."""
-    pool, weights = Pool(run, load_model(run, "coconut")), {}
+    # probes take so many readings a step that a small pool would be learnt by heart
+    pool, weights = Pool(run, load_model(run, "coconut"), each=8000, life=2**31), {}
     for kind, hidden in PROBES.items() if run.task.FIELDS else ():
         probe = new_probe(run, hidden)
 
         def loss_of(step, rng):
-            _, works, slots, readings = pool.draw(step, rng, 512)
-            labels = labels_of(run, [steps[slot] for steps, slot in zip(works, slots)])
-            loss, hits = field_hits(run, probe, one_of_each(readings, slots), labels)
+            _, works, readings = pool.draw(step, rng, 512)
+            rows, slots = readable(run.task, rng, works)
+            steps = [works[row][slot] for row, slot in zip(rows, slots)]
+            loss, hits = field_hits(run, probe, pick(readings, rows, slots), steps)
             return Loss(loss, loss, hits.all(dim=1).float())
 
         fit(run, f"{kind} probe", probe, run.cfg.train_probes, run.cfg.rates["probes"], loss_of)
@@ -1411,14 +1395,28 @@ def solve(run, model, problems, donors={}):
         thoughts = think(model, problem, count, given)
     return Solved(problems, works, problem, thoughts, answer(run, model, problem, thoughts))
 
-def everything(tests, change=None):
-    """All thoughts, changed -> readings (N, R, C), and the steps that they stand for."""
-    readings, steps = [], []
+class About(NamedTuple):
+    """What a reading is of."""
+    problem: object
+    steps: list
+    slot: int
+
+    @property
+    def step(self):
+        return self.steps[self.slot]
+
+def everything(task, tests, never=False, change=None):
+    """Thoughts of the steps that readers were trained on (or never), perhaps changed -> readings
+    (N, C), a list of About."""
+    readings, about = [], []
     for test in tests:
         for slot, thought in enumerate(test.thoughts):
-            readings.append((change(thought) if change else thought).reading)
-            steps += [work[slot] for work in test.works]
-    return torch.cat(readings), steps
+            thought = change(thought) if change else thought
+            rows = [row for row, steps in enumerate(test.works)
+                    if task.never_read(steps[slot]) == never]
+            readings.append(thought.reading[rows])
+            about += [About(test.problems[row], test.works[row], slot) for row in rows]
+    return torch.cat(readings), about
 
 def step_scores(task, said, steps):
     """What was said of thoughts, against the steps that they stand for -> scores.
@@ -1442,34 +1440,37 @@ def step_scores(task, said, steps):
 
 def oracle_scores(run, oracle, tests, families):
     """All questions, each in the wording kept from training -> {family: scores or a rate}."""
-    task, (readings, steps) = run.task, everything(tests)
-    scores = {"step": step_scores(task, ask(run, oracle, readings), steps)}
+    task, scores = run.task, {}
+    for name, never in (("step", False), ("never_read", True)):
+        readings, about = everything(task, tests, never)
+        if about:
+            said = ask(run, oracle, readings)
+            scores[name] = step_scores(task, said, [a.step for a in about])
+    readings, about = everything(task, tests)
     for family in families:
-        asked, gold = [], []
-        for test in tests:
-            last = len(test.thoughts) - 1
-            for slot in [last] if family in WHOLE else range(last + 1):
-                if family in task.FIELDS and task.fields(test.works[0][slot]) is None:
-                    continue
-                asked.append(test.thoughts[slot].reading)
-                gold += [truth(task, problem, steps, slot, family)
-                         for problem, steps in zip(test.problems, test.works)]
-        said = ask(run, oracle, torch.cat(asked), run.text.held_out[family])
+        rows = []
+        for row, a in enumerate(about):
+            if family in WHOLE:
+                fits = a.slot == len(a.steps) - 1
+            else:
+                fits = family not in task.FIELDS or task.fields(a.step) is not None
+            rows += [row] * fits
+        said = ask(run, oracle, readings[rows], run.text.held_out[family])
+        gold = [truth(task, *about[row], family) for row in rows]
         scores[family] = rate([s == g for s, g in zip(said, gold)])
     return scores
 
 def probe_scores(run, coconut, tests):
     """How often probes find each field of a step, and all of them -> {kind: {name: rate}}."""
-    (readings, steps), scores = everything(tests), {}
-    labels = labels_of(run, steps)
-    inner = labels[:, 0] != IGNORE
-    readings = whitener_of(run, coconut)(readings)[inner]
+    (readings, about), scores = everything(run.task, tests), {}
+    rows = [row for row, a in enumerate(about) if run.task.fields(a.step) is not None]
+    readings, steps = whitener_of(run, coconut)(readings[rows]), [about[row].step for row in rows]
     weights = read_safetensors(run.out / "probes.safetensors")
     for kind, hidden in PROBES.items():
         probe = new_probe(run, hidden)
         probe.load_state_dict({key: weights[f"{kind}.{key}"] for key in probe.state_dict()})
-        with torch.no_grad():
-            hits = field_hits(run, probe, readings, labels[inner])[1].cpu().numpy()
+        with evaluating(run):
+            hits = field_hits(run, probe, readings, steps)[1].cpu().numpy()
         scores[kind] = {name: rate(hits[:, i]) for i, name in enumerate(run.task.FIELDS)}
         scores[kind]["step"] = rate(hits.all(axis=1))
     return scores
@@ -1485,17 +1486,16 @@ def majority(run, size):
 def control_scores(run, oracle, tests):
     """The same question with no thought, with noise, with another problem's thought of the same
     slot, and by always saying the slot's most frequent step -> {name: scores}."""
-    readings, steps = everything(tests)
+    readings, about = everything(run.task, tests)
+    other, _ = everything(run.task, tests, change=Thought.roll)
     noise = rng_of(run.cfg.seed, "noise").standard_normal(readings.shape)
     blind = Oracle(oracle.model)  # zeros and noise stand for prepared readings
-    other, _ = everything(tests, Thought.roll)
+    most = {size: majority(run, size) for size in run.cfg.digits}
     said = {"none": ask(run, blind, torch.zeros_like(readings)),
             "random": ask(run, blind, put(noise, readings.device)),
             "shuffled_same_slot": ask(run, oracle, other),
-            "slot_majority": []}
-    for test in tests:
-        for step in majority(run, run.task.size(test.problems[0])):
-            said["slot_majority"] += [step] * len(test.problems)
+            "slot_majority": [most[run.task.size(a.problem)][a.slot] for a in about]}
+    steps = [a.step for a in about]
     return {name: step_scores(run.task, words, steps) for name, words in said.items()}
 
 def as_worked(run, solved):
@@ -1514,19 +1514,34 @@ def exchange_one(run, model, oracle, test, slot, hits):
             hits["slot", slot].append(right)
         if steps[slot + 1:] != own[slot + 1:]:
             hits["iia_flow"].append(right)
-        if steps[slot + 1:slot + 2] != own[slot + 1:slot + 2]:
-            moved.append(row)  # the next step is another
+            if steps[slot + 1] != own[slot + 1] and not run.task.never_read(steps[slot + 1]):
+                moved.append(row)  # the next step is another
     if moved:
-        readings = given.thoughts[slot + 1].reading[put(moved, run.cfg.device)]
+        readings = given.thoughts[slot + 1].reading[moved]
         for said, row in zip(ask(run, oracle, readings), moved):
             hits["said_after"].append(said == run.task.say(given.works[row][slot + 1]))
 
-def exchange_more(run, model, test, slot, rng, hits):
-    """Two slots from two donors, which is never trained. And donors whose step in this slot is the
-    own one, word for word (training problems, where there are any): nothing may change."""
-    other = (slot + int(rng.integers(1, len(test.thoughts)))) % len(test.thoughts)
-    two = {slot: rows_before(test.problems), other: rows_before(test.problems, 2)}
-    hits["iia_two"] += as_worked(run, solve(run, model, test.problems, two))
+def exchange_more(run, model, tests, test, slot, rng, hits):
+    """What is never trained: two and three slots, of as many donors; donors of another size."""
+    problems, task = test.problems, run.task
+    donors = {slot: rows_before(problems)}
+    for other in rng.permutation(len(test.thoughts)).tolist():
+        if other not in donors and len(donors) < 3:
+            donors[other] = rows_before(problems, len(donors) + 1)
+            name = "iia_two" if len(donors) == 2 else "iia_three"
+            hits[name] += as_worked(run, solve(run, model, problems, donors))
+    final = task.fields(test.works[0][slot]) is None
+    for donor in tests:
+        if task.size(donor.problems[0]) != task.size(problems[0]) and slot < len(donor.thoughts):
+            if (task.fields(donor.works[0][slot]) is None) == final:
+                others = (donor.problems * len(problems))[:len(problems)]
+                solved = solve(run, model, problems, {slot: others})
+                hits["iia_size"] += as_worked(run, solved)
+                break
+
+def exchange_same(run, model, test, slot, rng, hits):
+    """Donors whose step in this slot is the own one, word for word (training problems, where there
+    are any): nothing may change."""
     having, size = defaultdict(list), run.task.size(test.problems[0])
     for problem in run.task.draw(rng, TRAIN, size, 5000):
         having[run.task.work(problem)[slot]].append(problem)
@@ -1548,11 +1563,12 @@ def causal_scores(run, model, oracle, tests):
             hits["keep", name] += [now == own for now, own in zip(answers, test.answers)]
         for slot in range(len(test.thoughts) if run.exchanges else 0):
             exchange_one(run, model, oracle, test, slot, hits)
-            if len(test.thoughts) > 1:
-                exchange_more(run, model, test, slot, rng, hits)
+            exchange_more(run, model, tests, test, slot, rng, hits)
+            exchange_same(run, model, test, slot, rng, hits)
     scores = {"keep": {name: rate(hits["keep", name]) for name in ("mean", "swap")}}
     if run.exchanges:
-        for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "said_after"):
+        for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three",
+                     "iia_size", "said_after"):
             scores[name] = rate(hits[name])
         slots = sorted(key[1] for key in hits if key[0] == "slot")
         scores["by_slot"] = {str(slot): rate(hits["slot", slot]) for slot in slots}
@@ -1633,33 +1649,33 @@ def evaluate(run):
 # 12. Printing and report.html
 
 def headline(results):
-    """The result in a few sentences, with its controls and its caveat."""
-    best = results["coconut"]["stages"]["all"]
+    """The result in a few sentences, with its controls and its decisive caveat."""
+    best, kind = results["coconut"]["stages"]["all"], KINDS[results["config"]["thoughts"]]
     told = f"{best['exact']:.1%} of {best['n']} held-out problems are answered right"
-    if "oracle" not in results:
+    if not kind.thoughts:
         return told + ", without thoughts."
     step, controls, causal = results["oracle"]["step"], results["controls"], results["causal"]
-    reader = "the model itself" if KINDS[results["config"]["thoughts"]].explain else "the oracle"
+    reader = "the model itself" if kind.explain else "the oracle"
+    result = f", {step['result']['exact']:.1%} of results" if "result" in step else ""
     told += (f" in thoughts alone. Of one thought, {reader} says {step['exact_no_final']:.1%} of "
-             f"{step['n_no_final']} steps word for word (given another problem's thought of the "
-             f"same slot {controls['shuffled_same_slot']['exact_no_final']:.1%}, given none "
-             f"{controls['none']['exact_no_final']:.1%}). ")
-    if "iia_changed" in causal:
-        told += ("With one thought given by another problem, the answer is what the words say in "
-                 f"{causal['iia_changed']['exact']:.1%} of the {causal['iia_changed']['n']} cases "
-                 "that change it, and the next thought says the new step in "
-                 f"{causal['said_after']['exact']:.1%} of {causal['said_after']['n']}. ")
-    return told + (f"With the mean thought in place of all, {causal['keep']['mean']['exact']:.1%} "
-                   "of the answers stay.")
+             f"{step['n_no_final']} steps word for word{result} (given another problem's thought "
+             f"of the same slot {controls['shuffled_same_slot']['exact_no_final']:.1%}, given "
+             f"none {controls['none']['exact_no_final']:.1%}). ")
+    if not kind.bottleneck or "iia_changed" not in causal:
+        return told + ("But with the mean thought in place of all, "
+                       f"{causal['keep']['mean']['exact']:.1%} of the answers stay.")
+    changed, after = causal["iia_changed"], causal["said_after"]
+    told += "With" if kind.exchange else "But with"
+    return told + (" one thought given by another problem, the answer is what the sum worked so "
+                   f"spells in {changed['exact']:.1%} of the {changed['n']} cases that this "
+                   "changes, and the next thought says the new step in "
+                   f"{after['exact']:.1%} of {after['n']}.")
 
 def figures(section, name=""):
     """Every rate in a section of results.json -> [(name, rate), ...]."""
     found = []
     if "exact" in section:
         found.append((name, section))
-    if "exact_no_final" in section:
-        found.append((f"{name}, no final slot", wilson(
-            section["exact_no_final"], section["n_no_final"])))
     for key, inner in section.items():
         if isinstance(inner, dict) and not ("exact" in section and key == "by_digits"):
             found += figures(inner, f"{name}, {key}" if name else key)
@@ -1667,64 +1683,49 @@ def figures(section, name=""):
 
 SECTIONS = {"coconut": "answers to held-out problems", "oracle": "the oracle reads",
             "lora": "a LoRA oracle reads", "controls": "controls of the oracle",
-            "probes": "probes find", "causal": "thoughts given: as the words say"}
+            "probes": "probes find", "causal": "thoughts given: as worked with the steps given"}
 
 def tables(results):
-    """results.json -> [(title, [(name, figure), ...]), ...], all of it text."""
-    found = []
+    """results.json as text: all of its figures."""
+    lines = []
     for section, title in SECTIONS.items():
-        rates = figures(results.get(section, {}))
-        found.append((title, [(name, show_rate(r)) for name, r in rates]))
-    cost = [(name, f"{c['tokens']:.1f} positions, {1000 * c['seconds']:.2f} ms")
-            for name, c in results["cost"].items()]
-    return [*found, ("before the answer, a problem", cost)]
-
-def print_report(run, results):
-    for title, rows in tables(results):
-        print(f"\n{title}" * bool(rows))
-        for name, figure in rows:
-            print(f"  {name:<40}{figure}")
-    print(f"\n{headline(results)}\n{results['seconds']['total']:.0f} s in all on "
-          f"{results['env']['device']}. Next:\n  open {run.out / 'report.html'}")
-    if run.cfg.kind.thoughts:
-        print(f"  python cocoracle.py --stage ask --out {run.out}")
+        if section in results:
+            lines += ["", title]
+            lines += [f"  {name:<40}{show_rate(r)}" for name, r in figures(results[section])]
+    lines += ["", "before the answer, a problem"]
+    for name, cost in results["cost"].items():
+        lines.append(f"  {name:<40}{cost['tokens']:.1f} positions, {1000 * cost['seconds']:.2f} ms")
+    return "\n".join(lines)
 
 STYLE = """:root { color-scheme: light dark; --line: light-dark(#ccc, #555) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem }
 h1 + p { font-size: 1.15rem } h2 { margin: 2rem 0 .3rem; font-size: 1.1rem }
-table { border-collapse: collapse; font: .85rem/1.4 ui-monospace, monospace }
+table { border-collapse: collapse } table, pre { font: .85rem/1.4 ui-monospace, monospace }
 th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid var(--line) }
 .given { background: light-dark(#ffe8b3, #5a4300) } .moved { background: light-dark(#cfe9f5, #134) }
 figure { display: inline-block; margin: 0 1.5rem 1rem 0; width: 12rem; font-size: .75rem }
 svg { overflow: visible; fill: none }"""
 
-def html_table(names, rows, classes=None):
-    """rows: lists of text; classes: one for each row."""
-    parts = ["<table><tr>", *(f"<th>{html.escape(name)}" for name in names)]
-    for cells, name in zip(rows, classes or [""] * len(rows)):
-        parts.append(f"<tr class='{name}'>")
-        parts += [f"<td>{html.escape(cell)}" for cell in cells]
-    return "".join(parts) + "</table>"
-
 def html_example(view):
     """One problem thought by thought, and beside it the same with one thought given."""
-    other, rows, classes = view.get("exchanged"), [], []
-    names = ["slot", "worked by hand", "its thought says"]
+    other, names = view.get("exchanged"), ["slot", "worked by hand", "its thought says"]
+    rows = [[str(slot), *cells] for slot, cells in enumerate(zip(view["steps"], view["said"]))]
+    rows.append(["answer", view["spelled"], view["answer"]])
+    classes = [""] * len(rows)
     if other:
         ((given, donor),) = other["donors"].items()
         names += [f"with slot {given} given by {donor}", "its thought says"]
-    for slot, said in enumerate(view["said"]):
-        cells = [str(slot), view["steps"][slot], said]
-        classes.append("")
-        if other:
-            cells += [other["steps"][slot], other["said"][slot]]
-            moved = "moved" if cells[1] != cells[3] else ""
-            classes[-1] = "given" if str(slot) == str(given) else moved
-        rows.append(cells)
-    last = ["answer", view["spelled"], view["answer"]]
-    rows.append(last + [other["spelled"], other["answer"]] if other else last)
-    title = f"<h2>{html.escape(view['problem'] + view['answer'])}</h2>"
-    return title + html_table(names, rows, [*classes, ""])
+        for slot, (step, said) in enumerate(zip(other["steps"], other["said"])):
+            rows[slot] += [step, said]
+            moved = "moved" if step != view["steps"][slot] else ""
+            classes[slot] = "given" if str(slot) == str(given) else moved
+        rows[-1] += [other["spelled"], other["answer"]]
+    parts = [f"<h2>{html.escape(view['problem'] + view['answer'])}</h2><table><tr>"]
+    parts += [f"<th>{html.escape(name)}" for name in names]
+    for cells, name in zip(rows, classes):
+        parts.append(f"<tr class='{name}'>")
+        parts += [f"<td>{html.escape(cell)}" for cell in cells]
+    return "".join(parts) + "</table>"
 
 def html_curve(phase, entries):
     """Share right (solid) and loss (dashed, of its highest) of a phase's training batches."""
@@ -1744,13 +1745,13 @@ def page(run, results):
         entry = json.loads(line)
         phases[entry["phase"]][entry["step"]] = entry  # the later one, after --resume
     first, *others = [html_example(view) for view in results["examples"]]
-    parts = ["<!doctype html><html lang=en><meta charset=utf-8><title>cocoracle</title>",
-             f"<style>{STYLE}</style><h1>cocoracle</h1><p>{html.escape(headline(results))}</p>",
-             first]
-    parts += [html_table((title, ""), rows) for title, rows in tables(results) if rows]
-    parts += [html_curve(phase, list(entries.values())) for phase, entries in phases.items()]
-    about = html.escape(json.dumps({**results["config"], **results["env"]}))
-    return "\n".join([*parts, *others, f"<h2>The run</h2><p>{about}</p></html>\n"])
+    curves = [html_curve(phase, list(entries.values())) for phase, entries in phases.items()]
+    about = json.dumps({**results["config"], **results["env"]})
+    return "\n".join([
+        "<!doctype html><html lang=en><meta charset=utf-8><title>cocoracle</title>",
+        f"<style>{STYLE}</style><h1>cocoracle</h1><p>{html.escape(headline(results))}</p>",
+        first, f"<pre>{html.escape(tables(results))}</pre>", *curves, *others,
+        f"<h2>The run</h2><p>{html.escape(about)}</p></html>\n"])
 
 # --------------------------------------------------------------------------------------------------
 # 13. Ask: type a problem and watch it think
@@ -1770,39 +1771,48 @@ def typed(run, line):
                         f"knows ({sizes})")
     return problem
 
-def respond(run, model, oracle, line, current):
-    """Do what a line asks for, about the current problem -> the current problem from then on."""
-    task, rng, donors = run.task, np.random.default_rng(), {}
-    command = re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
-    if line == "random":
-        current = task.draw(rng, TEST, int(rng.choice(run.cfg.digits)), 1)[0]
-    elif not command:
-        current = typed(run, line)
-    else:
-        verb, slot, rest = command[1], int(command[2]), command[3]
-        if current is None or slot >= len(task.work(current)):
-            raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
-        if verb == "?":
-            if any(token in rest for token in RESERVED) or len(run.text.ids(rest)) > 40:
-                raise UserError("ask in at most 40 tokens, none of them special")
-            reading = think_about(run, model, [current] * 2)[:, slot]
-            print(ask(run, oracle, reading, rest)[0], flush=True)
-            return current
-        found = [typed(run, rest)] if verb == "swap" else [
-            problem for problem in task.draw(rng, TRAIN, task.size(current), 20000)
-            if task.say(task.work(problem)[slot]) == rest]
-        if not run.exchanges or not found or task.size(found[0]) != task.size(current):
-            raise UserError(f"{rest[:40]!r} cannot be given in slot {slot} of {task.text(current)}"
-                            ": it must be of a problem of that size")
-        donors = {slot: [found[0]] * 2}
-    # two of a kind: a batch of one row would be compiled anew
-    solved = solve(run, model, [current] * 2, donors)
-    view = in_words(run, oracle, solved, donors)[0]
+def donor_of(run, verb, slot, words, current):
+    """The problem whose thought is given: the one typed, or one found to have the step."""
+    task, found = run.task, []
+    if verb == "swap":
+        found = [typed(run, words)]
+    elif verb == "set":
+        found = task.draw(np.random.default_rng(), TRAIN, task.size(current), 20000)
+        found = [problem for problem in found if task.say(task.work(problem)[slot]) == words]
+    if not run.exchanges or not found or task.size(found[0]) != task.size(current):
+        raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of {task.text(current)}: "
+                        "it must be of a problem of that size")
+    return found[0]
+
+def show(run, model, oracle, current, donors):
+    """A problem in thoughts, beside the hand-worked one."""
+    view = in_words(run, oracle, solve(run, model, [current], donors), donors)[0]
     wrong = "" if view["answer"] == view["spelled"] else f"   ! by hand {view['spelled']}"
     print(f"{view['problem']}{view['answer']}{wrong}\nslot  {'worked by hand':<26}the thought says")
     for slot, (step, said) in enumerate(zip(view["steps"], view["said"])):
         note = f"   <- of {view['donors'][slot]}" if slot in donors else ""
         print(f"{slot:<6}{step:<26}{said}{'   !' * (step != said)}{note}", flush=True)
+
+def respond(run, model, oracle, line, current):
+    """Do what a line asks for, about the current problem -> the current problem from then on."""
+    command = re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
+    if not command:
+        rng, donors = np.random.default_rng(), {}
+        sizes = list(run.cfg.digits)
+        current = (run.task.draw(rng, TEST, int(rng.choice(sizes)), 1)[0] if line == "random"
+                   else typed(run, line))
+        show(run, model, oracle, current, donors)
+        return current
+    verb, slot, words = command[1], int(command[2]), command[3]
+    if current is None or slot >= len(run.task.work(current)):
+        raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
+    if verb != "?":
+        donor = donor_of(run, verb, slot, words, current)
+        show(run, model, oracle, current, {slot: [donor]})
+    elif any(token in words for token in RESERVED) or len(run.text.ids(words)) > 40:
+        raise UserError("ask in at most 40 tokens, none of them special")
+    else:
+        print(ask(run, oracle, think_about(run, model, [current])[:, slot], words)[0], flush=True)
     return current
 
 def ask_loop(run):
@@ -1841,22 +1851,21 @@ class Parser(argparse.ArgumentParser):
 
 def converter(field):
     """-> the argparse type of a field: text, a number within its limits, or several."""
-    low, high = field.metadata["low"], field.metadata["high"]
-    whole = field.type is int or field.name == "digits"
+    low, high = field.metadata["low"], 1 if field.type is float else 2**31
+    kind = "a number" if field.type is float else "an integer"
 
     def number(string):
         try:
-            value = int(string) if whole else float(string)
+            value = float(string) if field.type is float else int(string)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf:
-            kind = "an integer" if whole else "a number"
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"takes {kind} from {low} to {high}, not {string!r}")
         return value
 
     def numbers(string):
         first, dash, last = string.partition("-")
-        if whole and dash and number(first) <= number(last):
+        if dash and number(first) <= number(last) < 100:
             return tuple(range(number(first), number(last) + 1))
         return tuple(sorted({number(part) for part in string.split(",")}))
 
@@ -1871,16 +1880,16 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         name, how = "--" + field.name.replace("_", "-"), {"action": argparse.BooleanOptionalAction}
         if field.type is not bool:
-            how = {"type": converter(field), "choices": field.metadata.get("choices")}
+            how = {"type": converter(field), "choices": field.metadata["choices"]}
         parser.add_argument(name, help=field.metadata["help"], **how)
     given = vars(parser.parse_args(argv))
     out = given.get("out") or f"runs/{given.get('model', 'tiny')}"
     new = given.get("stage", "all") in ("all", "coconut") and not given.get("resume")
     saved = {} if new else load_json(Path(out) / "config.json")
     for name, value in saved.items():
-        value = saved[name] = tuple(value) if isinstance(value, list) else value
+        saved[name] = value = tuple(value) if isinstance(value, list) else value
         free = LATER.get(given.get("stage"), ())
-        if name in given and name not in free and given[name] != value:
+        if name not in free and given.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")
     tiny = {**saved, **given}.get("model", "tiny") == "tiny"
@@ -1894,31 +1903,27 @@ def parse(argv):
                                compile=gpu if cfg.compile is None else cfg.compile)
 
 def parts_of(cfg):
-    """The parts that --stage stands for, in order."""
-    parts = ["coconut", "eval"]
-    if cfg.kind.thoughts:
-        parts[1:1] = ["probes", "lora"] if cfg.kind.explain else ["probes", "oracle", "lora"]
-    return parts if cfg.stage == "all" else [cfg.stage]
+    """The parts of a whole run, in order."""
+    if not cfg.kind.thoughts:
+        return ["coconut", "eval"]
+    return ["coconut", "probes", *["oracle"] * (not cfg.kind.explain), "lora", "eval"]
 
 def check(cfg):
     """Refuse what cannot work before anything is written. Raises UserError."""
-    out, stage = Path(cfg.out), cfg.stage
-    every = parts_of(dataclasses.replace(cfg, stage="all"))
+    out, stage, parts = Path(cfg.out), cfg.stage, parts_of(cfg)
     done = [part for part, name in FILES.items() if (out / name).exists()]
     started = (out / "config.json").exists()
     again = started if stage in ("all", "coconut") else stage in done
-    needed = {"all": [], "coconut": [], "eval": every[:-1], "ask": {"coconut", "oracle"} & {*every}}
+    needed = {"all": [], "coconut": [], "eval": parts[:-1], "ask": {"coconut", "oracle"} & {*parts}}
     missing = [part for part in needed.get(stage, ["coconut"]) if part not in done]
     for refused, why in (
         (cfg.model == "tiny" and (cfg.pretrained or cfg.weights),
          "--model tiny has no released weights: choose --model gpt2, or --init scratch"),
-        (cfg.into_layers[-1] >= SIZES[cfg.model][0],
-         "--inject-layers 1 is the output of the last block: choose less"),
         (cfg.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: torch finds no GPU: use --device cpu"),
         (cfg.resume and not started,
          f"--resume: there is no run in {out}: leave --resume out to start one"),
-        (stage not in ("all", "ask", *every) or stage == "ask" and not cfg.kind.thoughts,
+        (stage not in ("all", *parts) and (stage != "ask" or not cfg.kind.thoughts),
          f"--stage {stage}: not for --thoughts {cfg.thoughts}, see KINDS"),
         (again and not cfg.resume,
          f"{out} already has that: --resume goes on with a run, another --out keeps both"),
@@ -1930,6 +1935,7 @@ def load_task(cfg):
     """The task: sums, or the class Task of --task FILE.py. Raises UserError."""
     if not cfg.task:
         return Sums(cfg.digits)
+    sys.modules.setdefault("cocoracle", sys.modules[__name__])  # a task may import this file
     try:
         spec = importlib.util.spec_from_file_location("task", cfg.task)
         module = importlib.util.module_from_spec(spec)
@@ -1961,13 +1967,10 @@ def make_folder(run):
     for name in SESSION:
         del knobs[name]
     log_file = run.out / "log.jsonl"
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-        if log_file.exists():
-            write_atomic(log_file, "".join(log_file.read_text().rpartition("\n")[:2]))
-        write_atomic(run.out / "config.json", json.dumps(knobs, indent=1) + "\n")
-    except OSError as e:
-        raise UserError(f"--out {run.out} cannot be written ({e.strerror}): choose another") from e
+    run.out.mkdir(parents=True, exist_ok=True)
+    lines = log_file.read_text() if log_file.exists() else ""
+    write_atomic(log_file, "".join(lines.rpartition("\n")[:2]))
+    write_atomic(run.out / "config.json", json.dumps(knobs, indent=1) + "\n")
 
 def main(argv=None):
     cfg = parse(argv)
@@ -1980,7 +1983,7 @@ def main(argv=None):
     if cfg.stage == "ask":
         return ask_loop(run)
     make_folder(run)
-    for part in parts_of(cfg):
+    for part in parts_of(cfg) if cfg.stage == "all" else [cfg.stage]:
         if part == "eval" or not (run.out / FILES[part]).exists():
             start = time.time()
             PARTS[part](run)
@@ -1990,7 +1993,10 @@ def main(argv=None):
             results = record(run, seconds=seconds)
     if part == "eval":
         write_atomic(run.out / "report.html", page(run, results))
-        print_report(run, results)
+        print(f"{tables(results)}\n\n{headline(results)}\n{results['seconds']['total']:.0f} s in "
+              f"all on {results['env']['device']}. Next:\n  open {run.out / 'report.html'}")
+        if cfg.kind.thoughts:
+            print(f"  python cocoracle.py --stage ask --out {run.out}")
 
 def load(out, device="auto"):
     """A finished run, for notebooks -> Run, its model, and the Oracle that reads its thoughts."""

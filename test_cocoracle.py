@@ -73,15 +73,16 @@ def test_gpt2_equals_transformers():
     theirs = transformers.GPT2LMHeadModel(config).eval()
     for p in theirs.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    ours = co.GPT(99, 3, 4, 32, 64, read=(0, 2, 3))
+    ours = co.GPT(99, 3, 4, 32, 64, read=0)
     state = {name: x for name, x in theirs.transformer.state_dict().items() if not name.endswith(".attn.bias")}
     ours.load_state_dict(state, strict=True)
     ids = torch.randint(99, (2, 20))
-    hidden, _, streams = ours(ours.wte(ids))
     want = theirs(ids, output_hidden_states=True)
-    assert near(ours.logits(hidden), want.logits)
-    assert near(streams[0], want.hidden_states[0]) and near(streams[1], want.hidden_states[2])
-    assert near(ours.ln_f(streams[2]), want.hidden_states[3])  # theirs gives the last one after ln_f
+    for layer, stream in enumerate(want.hidden_states):
+        ours.read = layer
+        hidden, _, found = ours(ours.wte(ids))
+        assert near(ours.logits(hidden), want.logits)
+        assert near(ours.ln_f(found) if layer == 3 else found, stream)  # theirs gives the last one after ln_f
 
 def test_segments_are_a_cache():
     """A text run in pieces, each after the segments before it, gives what it gives at once, padded or not."""
@@ -102,7 +103,7 @@ def test_segments_are_a_cache():
 
 def test_a_thought_is_the_last_hidden_state_fed_back():
     """Thoughts by think() are those of one long forward pass over embeddings, each the state of the one before."""
-    run = run_of("--read-layers", "0,0.5,1")
+    run = run_of("--read-layer", "0.3", "--digits", 3)
     model = rough(run)
     with torch.no_grad():
         problem, count, _ = co.read_problems(run, model, PROBLEMS)
@@ -112,10 +113,9 @@ def test_a_thought_is_the_last_hidden_state_fed_back():
         for thought in thoughts:
             hidden, _, _ = model(x)
             x = torch.cat([x, hidden[:, -1:]], dim=1)
-            hidden, _, streams = model(x)
-            assert near(thought.hidden, hidden[:, -1:])
-            assert near(thought.reading, torch.stack([s[:, -1] for s in streams], dim=1))
-    assert count == 4 and thoughts[0].reading.shape == (3, 3, 96)
+            hidden, _, stream = model(x)
+            assert near(thought.hidden, hidden[:, -1:]) and near(thought.reading, stream[:, -1])
+    assert count == 4 and thoughts[0].reading.shape == (3, 96) and model.read == 1
 
 def long_addition(a, b):
     """a + b as children do it, with no arithmetic on more than two digits -> digits, carries."""
@@ -201,13 +201,16 @@ def test_behind_the_bottleneck_the_answer_sees_thoughts_alone():
 
 def test_injection_formula():
     """h' = h + scale * ||h|| * v / ||v|| at the <act> tokens, elsewhere nothing; zeros inject nothing."""
-    x, v = torch.randn(2, 5, 8), torch.randn(2, 1, 8)
-    injection = co.Injection(v, torch.tensor([3]), (1,), 2.0)
-    out = injection.at(1, x)
-    want = x[:, 3] + 2 * x[:, 3].norm(dim=-1, keepdim=True) * v[:, 0] / v[:, 0].norm(dim=-1, keepdim=True)
+    x, v = torch.randn(2, 5, 8), torch.randn(2, 8)
+    injection = co.Injection(v, place=3, layer=1)
+    out = injection.into(x)
+    want = x[:, 3] + 2 * x[:, 3].norm(dim=-1, keepdim=True) * v / v.norm(dim=-1, keepdim=True)
     assert near(out[:, 3], want, 1e-5) and torch.equal(out[:, [0, 1, 2, 4]], x[:, [0, 1, 2, 4]])
-    assert torch.equal(injection.at(0, x), x)
-    assert torch.equal(injection._replace(vectors=torch.zeros(2, 1, 8)).at(1, x), x)
+    assert torch.equal(injection._replace(vectors=torch.zeros(2, 8)).into(x), x)
+    model = rough(run_of())
+    model.read = 0  # what enters the first block is without it
+    assert torch.equal(model(x := torch.randn(2, 5, 96), inject=co.Injection(torch.randn(2, 96), 3, 0))[2], model(
+        x, inject=co.Injection(torch.randn(2, 96), 3, 1))[2]) is False
 
 @pytest.mark.parametrize("stage", ["0", "2", "all"])
 def test_loss_equals_plain_rows(stage):
@@ -266,16 +269,16 @@ class ByHand:
             for row, own in enumerate(problem.past):
                 step = self.task.work(own)[slot]
                 if slot and self.chain:
-                    carry = int(thoughts[-1].reading[row, 0, 4])
+                    carry = int(thoughts[-1].reading[row, 4])
                     total = (step.a or 0) + (step.b or 0) + carry
                     step = step._replace(carry=carry, digit=total % 10, carry_out=total // 10)
                 rows.append([-1 if x is None else x for x in step])
-            x = torch.tensor(rows).float()[:, None]
-            thoughts.append(given.get(slot) or co.Thought(co.Segment(()), x, x))
+            x = torch.tensor(rows).float()
+            thoughts.append(given.get(slot) or co.Thought(co.Segment(()), x[:, None], x))
         return thoughts
 
     def steps(self, thoughts, row):
-        steps = [co.Step(*[None if x < 0 else int(x) for x in thought.reading[row, 0].tolist()]) for thought in thoughts]
+        steps = [co.Step(*[None if x < 0 else int(x) for x in thought.reading[row].tolist()]) for thought in thoughts]
         return steps
 
     def answer(self, run, model, problem, thoughts):
@@ -288,7 +291,7 @@ class ByHand:
         return [self.task.say(self.steps(thoughts, row)[0]) for row in range(len(readings))]
 
 def causal(monkeypatch, **how):
-    run = run_of("--digits", "3", "--eval-problems", 60)
+    run = run_of("--digits", "2,3", "--eval-problems", 120)
     ByHand(monkeypatch, run, **how)
     tests = [co.solve(run, None, problems) for problems in co.held_out(run, 500)]
     return co.causal_scores(run, None, None, tests)
@@ -297,8 +300,10 @@ def test_iia_of_a_hand_made_model(monkeypatch):
     """A model whose thoughts are the steps, and whose answer is what they spell, has 1.0 in every causal figure; its
     answers change with another's thoughts."""
     scores = causal(monkeypatch)
-    for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "said_after"):
-        assert scores[name]["exact"] == 1.0 and scores[name]["n"] > 20
+    for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three", "iia_size", "said_after"):
+        assert scores[name]["exact"] == 1.0 and scores[name]["n"] > 20, name
+    assert scores["iia_two"]["n"] == scores["iia_three"]["n"] == scores["iia"]["n"] == 60 * 7
+    assert scores["iia_size"]["n"] == 60 * 4  # inner slots that both sizes have
     assert scores["keep"]["swap"]["exact"] == 0.0 and set(scores["by_slot"]) == {"0", "1", "2", "3"}
 
 def test_iia_of_models_that_do_not_mean_it(monkeypatch):
@@ -320,13 +325,17 @@ def test_each_control_gets_the_wrong_vector(monkeypatch):
     tests = [co.solve(run, model, problems) for problems in co.held_out(run, 500)]
     monkeypatch.setattr(co, "ask", lambda run, oracle, readings, question=None: seen.append((oracle, readings)) or
                         ["7+5=12 write 2 carry 1"] * len(readings))
-    oracle = co.Oracle(model, co.Whitener(torch.randn(50, 1, 96)))
+    oracle = co.Oracle(model, co.Whitener(torch.randn(50, 96)))
     scores = co.control_scores(run, oracle, tests)
     (blind, none), (blind_too, noise), (sighted, other) = seen
     assert blind.white is None and blind_too.white is None and sighted is oracle
     assert blind.model is model and not none.any() and abs(noise.std() - 1) < 0.05 and abs(noise.mean()) < 0.05
-    want = [thought.reading.roll(1, 0) for test in tests for thought in test.thoughts]
-    assert torch.equal(other, torch.cat(want)) and not torch.equal(other, co.everything(tests)[0])
+    want = []
+    for test in tests:
+        for slot, thought in enumerate(test.thoughts):
+            kept = [not run.task.never_read(steps[slot]) for steps in test.works]
+            want.append(thought.reading.roll(1, 0)[kept])
+    assert torch.equal(other, torch.cat(want)) and not torch.equal(other, co.everything(run.task, tests)[0])
     assert set(scores) == {"none", "random", "shuffled_same_slot", "slot_majority"}
     assert scores["none"]["n"] == len(other) and 0 < scores["slot_majority"]["exact"] < 0.5
 
@@ -338,11 +347,14 @@ def test_exchange_trains_the_sum_worked_with_the_given_column(monkeypatch):
     think, make_batch = co.think, co.make_batch
     monkeypatch.setattr(co, "think", lambda m, p, n, given={}: calls.append((n, given)) or think(m, p, n, given))
     monkeypatch.setattr(co, "make_batch", lambda r, p, w, n: labels.append((p, w)) or make_batch(r, p, w, n))
-    exchanged = set()
+    exchanged, asked, draw_questions = set(), [], co.draw_questions
+    monkeypatch.setattr(co, "draw_questions", lambda r, rng, families, problems, works, low=0: asked.append(
+        (works, low)) or draw_questions(r, rng, families, problems, works, low))
     for step in range(40):
         calls.clear(), labels.clear()
         co.coconut_loss(run, model, "all", co.rng_of(1, step))
         problems, works = labels[0]
+        assert asked[-1][0] == works  # the words of later thoughts are worked with the given step too
         own = [co.columns(*problem) for problem in problems]
         if len(calls) == 1:
             assert works == own and calls[0][1] == {}
@@ -350,6 +362,7 @@ def test_exchange_trains_the_sum_worked_with_the_given_column(monkeypatch):
         (n, nothing), (count, given) = calls
         slot = n - 1
         exchanged.add(slot)
+        assert asked[-1][1] in (0, slot)
         assert nothing == {} and count == 4 and sorted(given) == list(range(n))
         donors = [own[row - 1][slot] for row in range(6)]
         assert works == [co.columns(*p, {slot: donor}) for p, donor in zip(problems, donors)]
@@ -376,12 +389,11 @@ BAD = [  # arguments, and what the one line on stderr must name
     ("--seed 9223372036854775808", "--seed"), ("--device tpu", "--device"), ("--dtype float16", "--dtype"),
     ("--compile yes", "yes"), ("--resume maybe", "maybe"), ("--digits 0", "--digits"), ("--digits abc", "--digits"),
     ("--digits 1", "--digits"), ("--digits 3-2", "--digits"), ("--digits 2,99", "--digits"), ("--digits 2,", "--digits"),
-    ("--digits 9", "--digits"), ("--thoughts loud", "--thoughts"), ("--read-layers 2", "--read-layers"),
-    ("--read-layers half", "--read-layers"), ("--inject-layers 0,1", "--inject-layers"), ("--scale -2", "--scale"),
-    ("--scale inf", "--scale"), ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "--batch-size"),
-    ("--accumulate 0", "--accumulate"), ("--train-text 0", "--train-text"), ("--train-mixed x", "--train-mixed"),
+    ("--digits 9", "--digits"), ("--thoughts loud", "--thoughts"), ("--read-layer 2", "--read-layer"),
+    ("--read-layer half", "--read-layer"), ("--read-layer inf", "--read-layer"), ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "--batch-size"),
+    ("--accumulate 0", "--accumulate"), ("--train-text -1", "--train-text"), ("--train-mixed x", "--train-mixed"),
     ("--train-latent nan", "--train-latent"), ("--train-oracle -5", "--train-oracle"), ("--train-lora ,", "--train-lora"),
-    ("--train-probes 0", "--train-probes"), ("--eval-problems 1", "--eval-problems"), ("--split train", "--split"),
+    ("--train-probes 1e3", "--train-probes"), ("--eval-problems 0", "--eval-problems"), ("--split train", "--split"),
     ("--no-such-flag", "--no-such-flag"), ("stray", "stray"), ("--resume", "no run"), ("--task nowhere.py", "nowhere.py"),
     ("--stage probes", "coconut"), ("--stage lora", "coconut"), ("--stage eval", "coconut"), ("--stage ask", "coconut"),
     ("--stage oracle", "--thoughts"), ("--stage lora --thoughts none", "none"), ("--stage ask --thoughts none", "none")]
@@ -414,9 +426,9 @@ def test_help_names_every_flag():
     shown = cli("--help").stdout
     for field in dataclasses.fields(co.Config):
         assert "--" + field.name.replace("_", "-") in shown and field.metadata["help"].split()[0] in shown
-    cfg = co.parse(["--model", "gpt2-large", "--digits", "2-4", "--inject-layers", "0.25,0.5"])
+    cfg = co.parse(["--model", "gpt2-large", "--digits", "2-4", "--read-layer", "0.51"])
     assert (cfg.digits, cfg.batch_size, cfg.pretrained) == ((2, 3, 4), 128, True)
-    assert cfg.layers == (18,) and cfg.into_layers == (9, 18)
+    assert cfg.layer == 19
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The problem and its tokens
@@ -459,65 +471,86 @@ def test_batch():
         assert tuple(batch.answer_target[row, :n - 1].tolist()) == text.ids(spelled)[1:]
         assert (batch.answer_target[row, n - 1:] == co.IGNORE).all()
 
-def test_question_rows():
-    """Targets are the truth about the slot; questions about the whole ask the last one; a final carry has no fields."""
-    run, seen = run_of("--digits", 2), set()
-    problems = [(47, 85)] * 300
-    works = [run.task.work(p) for p in problems]
-    slots = np.arange(300) % 3
-    families = list(run.text.trained)
-    prompts, targets, asked = co.question_rows(run, np.random.default_rng(0), families, problems, works, slots)
-    for prompt, target, slot, was in zip(prompts, targets, asked, slots):
-        question = prompt.split(" Layer")[0]
+def test_questions_of_a_batch():
+    """Targets are the truth about row and slot; questions about the whole ask the last slot; a final carry has no
+    fields; every family is asked, the step most."""
+    run, seen = run_of("--digits", 2), []
+    problems = [(47, 85), (31, 22)] * 300
+    works, families = [run.task.work(p) for p in problems], list(run.text.trained)
+    questions, targets, rows, slots = co.draw_questions(run, co.rng_of(0), families, problems, works)
+    for question, target, row, slot in zip(questions, targets, rows, slots):
         (family,) = [f for f in families if question in run.text.trained[f]]
-        seen.add(family)
-        step = works[0][slot]
-        want = {"step": run.task.say(step), "slot": str(slot), "answer": "132", "problem": "47+85="}
-        assert target == (want[family] if family in want else str(getattr(step, family)))
-        assert slot == (2 if family in co.WHOLE else was) and (step.a is not None or family in want)
-    assert seen == set(families) and sum(t == "7+5=12 write 2 carry 1" for t in targets) > 70
+        seen.append(family)
+        step = works[row][slot]
+        want = {"step": run.task.say(step), "slot": str(slot), "answer": ["132", "53"][row % 2],
+                "problem": ["47+85=", "31+22="][row % 2]}
+        missing = "none" if step.a is None else ""
+        assert target == (want[family] if family in want else missing or str(getattr(step, family)))
+        assert slot == 2 or family not in co.WHOLE
+    assert len(seen) == 600 and set(seen) == set(families) and seen.count("step") > 450
+
+def test_never_read_steps_reach_no_reader(monkeypatch):
+    """What is asked of readers in training, by the explaining loss (of exchanged sums too), oracles and probes, is never
+    a step of a held-out digit pair, in either order; all others are asked. Tests report them apart."""
+    pairs = {tuple(sorted(p)) for p in co.Sums.NEVER_READ}
+    assert len(pairs) == 6 and all(a <= b for a, b in co.Sums.NEVER_READ)
+    run = run_of("--digits", "2", "--batch-size", 32)
+    task, model, shown = run.task, rough(run), set()
+    truth = co.truth
+    monkeypatch.setattr(co, "truth", lambda task, problem, steps, slot, family: shown.add(steps[slot]) or truth(
+        task, problem, steps, slot, family))
+    field_hits = co.field_hits
+    monkeypatch.setattr(co, "field_hits", lambda run, probe, x, steps: shown.update(steps) or field_hits(run, probe, x, steps))
+    for step in range(60):
+        co.coconut_loss(run, model, "all", co.rng_of(2, step))
+    by_explaining = {tuple(sorted(step[:2])) for step in shown if step.a is not None}
+    monkeypatch.setattr(co, "load_model", lambda run, name: model)
+    for train in (co.train_probes, co.train_oracle):
+        monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, rates, loss_of: [
+            loss_of(i, co.rng_of(3, phase, i)) for i in range(40)])
+        for name in ("save_model", "write_safetensors"):
+            monkeypatch.setattr(co, name, lambda *args: None)
+        shown.clear()
+        train(run)
+        pairs_shown = {tuple(sorted(step[:2])) for step in shown if step.a is not None}
+        assert len(pairs_shown) == 49 and not pairs_shown & pairs, train
+    assert len(by_explaining) == 49 and not by_explaining & pairs
+    tests = [co.solve(run, model, task.draw(np.random.default_rng(0), co.TEST, 2, 200))]
+    (readings, about), (never, about_never) = co.everything(task, tests), co.everything(task, tests, never=True)
+    assert len(readings) == len(about) and len(never) == len(about_never) and len(about) + len(about_never) == 600
+    assert {tuple(sorted(a.step[:2])) for a in about_never} == pairs and 30 < len(about_never) < 60
+    assert not any(task.never_read(a.step) for a in about)
+    row = about_never[0]
+    where = tests[0].problems.index(row.problem)
+    assert torch.equal(never[0], tests[0].thoughts[row.slot].reading[where])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
 def test_consult_equals_plain_prompts():
-    """Prompts of several lengths, computed once each, give the logits of each prompt run by itself from its place."""
+    """Questions of several lengths, computed once each, give the logits of each whole prompt run by itself from its
+    place."""
     run = run_of()
     model, text = rough(run), run.text
-    prompts = [co.prompt(run, q) for q in (text.trained["step"][0], text.trained["slot"][5], text.trained["step"][0])]
-    vectors = torch.randn(3, 1, 96)
+    questions = [text.trained["step"][0], text.trained["slot"][5], text.trained["step"][0]]
+    vectors = torch.randn(3, 96)
     targets = ["7+5=12 write 2 carry 1", "2", "4+4=8 write 8"]
-    loss, right = co.oracle_loss(run, model, prompts, targets, vectors)
+    loss, right = co.oracle_loss(run, model, questions, targets, vectors)
     rows = []
-    for row, prompt in enumerate(prompts):
-        head, said = text.ids(prompt), [*text.ids(targets[row]), text.eos]
+    for row, question in enumerate(questions):
+        head, said = text.ids(f"{question} Layer 2:<act>"), [*text.ids(targets[row]), text.eos]
         x = model.wte(torch.tensor([[*head, *said[:-1]]]))
-        place = torch.tensor([len(head) - 1])
-        injection = co.Injection(vectors[row:row + 1], place, run.cfg.into_layers, run.cfg.scale)
+        injection = co.Injection(vectors[row:row + 1], len(head) - 1, 1)
         hidden, _, _ = model(x, pos=run.cfg.positions // 8 - len(head) + 1, inject=injection)
         rows.append(F.cross_entropy(model.logits(hidden[0, len(head) - 1:]), torch.tensor(said)))
     assert abs(loss.item() - torch.stack(rows).mean().item()) < 1e-4 and right.shape == (3,)
     assert co.ask(run, co.Oracle(model), vectors)[0] == co.ask(run, co.Oracle(model), vectors[:1])[0]
 
-def test_several_layers_read_and_injected():
-    """Two layers read give two <act> tokens, and a vector at each; injection at two layers changes both."""
-    run = run_of("--read-layers", "0,1", "--inject-layers", "0,0.4")
-    model = rough(run)
-    readings = co.think_about(run, model, PROBLEMS)
-    assert readings.shape == (3, 4, 2, 96) and co.prompt(run, "What?") == "What? Layer 0, 3:<act><act>"
-    base = co.ask(run, co.Oracle(model), readings[:, 0])
-    assert len(base) == 3
-    prompts = [co.prompt(run, "What?")] * 3
-    losses = [co.oracle_loss(run, model, prompts, ["7"] * 3, v)[0].item()
-              for v in (readings[:, 0], readings[:, 0] * torch.tensor([[[1.0], [0.0]]]), readings[:, 0] * 0)]
-    assert len({round(loss, 5) for loss in losses}) == 3
-
 def test_whitener():
-    """Whitened readings of the data it was made of are centred and of unit covariance, each layer by itself."""
-    x = torch.randn(4000, 2, 8) @ torch.randn(8, 8) * 5 + 3
+    """Whitened readings of the data it was made of are centred and of unit covariance."""
+    x = torch.randn(4000, 8) @ torch.randn(8, 8) * 5 + 3
     white = co.Whitener(x)(x)
-    for layer in range(2):
-        assert near(torch.cov(white[:, layer].T), torch.eye(8), 1e-2) and near(white[:, layer].mean(0), torch.zeros(8))
+    assert near(torch.cov(white.T), torch.eye(8), 1e-2) and near(white.mean(0), torch.zeros(8))
 
 def test_lora():
     """An adapter changes nothing at first, is all that trains, and is W + 2 A B."""
@@ -699,11 +732,11 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
 
     def readings(problems, noise=False):
-        x = torch.zeros(len(problems), 3, 1, 96)
+        x = torch.zeros(len(problems), 3, 96)
         for row, problem in enumerate(problems):
             for slot, step in enumerate(run.task.work(problem)[:2]):
                 for i, value in enumerate(step[:4]):
-                    x[row, slot, 0, 10 * i + value] = 9.0
+                    x[row, slot, 10 * i + value] = 9.0
         return torch.randn_like(x) if noise else x
 
     for noise in (False, True):
@@ -717,7 +750,7 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
         tests = [co.Solved(problems, [run.task.work(p) for p in problems], None, thoughts, [])]
         scores = co.probe_scores(run, None, tests)
         for kind in ("linear", "mlp"):
-            assert scores[kind]["step"]["n"] == 200
+            assert 170 < scores[kind]["step"]["n"] < 190  # without finals and what is never read
             assert scores[kind]["step"]["exact"] < 0.05 if noise else scores[kind]["step"]["exact"] > 0.95
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -776,11 +809,12 @@ def test_results_have_the_schema(mini):
     for stage in r["coconut"]["stages"].values():
         assert rate <= set(stage) and rate <= set(stage["at_switch"])
     assert set(r["coconut"]) == {"stages", "by_digits", "teacher_forced", "text_after"}
-    families = {"step", "slot", *co.Sums.FIELDS}
+    families = {"step", "never_read", "slot", *co.Sums.FIELDS}
     assert set(r["oracle"]) == families and set(r["lora"]) == families | set(co.WHOLE)
     assert {"exact_no_final", "n_no_final", "token_f1", "either_order", "result"} <= set(r["oracle"]["step"])
     assert set(r["probes"]["linear"]) == {*co.Sums.FIELDS, "step"} and set(r["cost"]) == {"text", "thoughts"}
-    assert set(r["causal"]) == {"keep", "iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "said_after", "by_slot"}
+    assert set(r["causal"]) == {"keep", "iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three", "iia_size",
+                                "said_after", "by_slot"}
     assert {"coconut", "probes", "lora", "eval", "total"} == set(r["seconds"])
     assert "null" not in (out / "results.json").read_text() and r["cost"]["thoughts"]["tokens"] == 3.0
     names = {path.name for path in out.iterdir()}
@@ -804,7 +838,7 @@ def test_evaluating_again_gives_the_same_figures(mini, tmp_path):
 
 @pytest.mark.parametrize("args, says", [
     ("--stage eval --thoughts plain", "faithful"), ("--stage eval --seed 1", "has 0"), ("--stage lora --digits 2-4", "(2,)"),
-    ("--stage ask --read-layers 1", "0.5"), ("--resume --train-text 7", "150"), ("--stage eval --model gpt2", "tiny"),
+    ("--stage ask --read-layer 1", "0.5"), ("--resume --train-text 7", "150"), ("--stage eval --model gpt2", "tiny"),
     ("--stage oracle", "KINDS"), ("", "--resume"), ("--stage coconut", "--resume"), ("--stage lora", "--resume")])
 def test_contradictions_with_a_run(mini, capsys, args, says):
     """Flags that contradict the run in --out, and parts that it has, are refused, naming what the run has."""
@@ -1098,227 +1132,6 @@ def test_wrong_released_files_are_refused(tmp_path, monkeypatch, capsys, damage)
     assert co.command_line(args) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(where) in err and not (tmp_path / "run").exists()
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Scripts beside the file: the seed's checkpoints, speed, the GPU, tasks
-
-SEED = Path(co.__file__).parent / ".scripts" / "seed.py"
-
-class PlainSeed:
-    """The seed's own way (scripts/10, interactive.py), one problem at a time, in plain transformers: random models."""
-    def __init__(self, directory):
-        import transformers as hf
-        tok = self.tok = hf.GPT2Tokenizer(vocab=str(BPE / "encoder.json"), merges=str(BPE / "vocab.bpe"))
-        tok.add_special_tokens({"additional_special_tokens": ["<bot>", "<sep>", "<eot>", "<act>"]})
-        self.ids = lambda words: torch.tensor([tok(words)["input_ids"]])
-        numbers = [n for word, n in tok.get_vocab().items() if re.fullmatch("Ġ?[0-9]{1,3}", word)]
-        for name in ("coconut", "oracle"):
-            torch.manual_seed(len(name))
-            config = hf.GPT2Config(n_layer=20, n_head=2, n_embd=16, vocab_size=50261, initializer_range=0.3)
-            model = hf.GPT2LMHeadModel(config).eval().requires_grad_(False)
-            model.transformer.wte.weight[numbers] *= 2  # so that they are written often
-            model.transformer.wte.weight[50256:] *= 8 if name == "oracle" else 1  # special ones as soon as it may
-            model.transformer.h[18].attn.c_proj.weight *= 8  # so that what is injected matters
-            torch.save(model.state_dict(), directory / f"{name}.pt")
-            setattr(self, name, model)
-
-    def think(self, a, b):
-        """-> readings (K, C), as many as the answer has digits; likeliest text, given the answer; answer written."""
-        model, head, readings, written = self.coconut.transformer, self.coconut.lm_head, [], []
-        out = model(self.ids(f"{a} + {b} = <bot>"), use_cache=True)
-        past, ids = out.past_key_values, self.ids(f"<eot> {a + b}")
-        for _ in str(a + b):
-            out = model(inputs_embeds=out.last_hidden_state[:, -1:], past_key_values=past, output_hidden_states=True)
-            readings.append(out.hidden_states[19][0, 0])
-        forced = head(model(ids[:, :-1], past_key_values=past).last_hidden_state)[0].argmax(-1)
-        past.crop(1 - ids.shape[1])
-        token = ids[:, :1]
-        while len(written) < 15 and (self.tok.decode(written).strip() or "0").isdigit():
-            token = head(model(token, past_key_values=past).last_hidden_state).argmax(-1)
-            written.append(token.item())
-        written = re.match(r"\d*", self.tok.decode(written).strip())[0]
-        return torch.stack(readings), self.tok.decode(forced).strip(), written
-
-    def ask(self, vector, words, hold, limit):
-        """-> logits at the prompt's last token, and greedy text."""
-        ids = prompt = self.ids(f"Layer 18: <act> {words}")
-        at, every = prompt[0].tolist().index(50260), []
-        def add(_, __, h):
-            h[:, at] += 2.0 * h[:, at].norm() * vector / vector.norm()
-        with self.oracle.transformer.h[17].register_forward_hook(add):
-            while len(every) < limit and ids[0, -1] != 50256:
-                every.append(self.oracle(ids).logits[0, -1])
-                token = every[-1][:50256 if len(every) <= hold else None].argmax()
-                ids = torch.cat([ids, token[None, None]], 1)
-        return every[0], self.tok.decode(ids[0, prompt.shape[1]:]).removesuffix("<|endoftext|>").strip()
-
-@pytest.fixture
-def seed(tmp_path, monkeypatch):
-    """-> the script as a module, its arguments, the seed's own way with the same checkpoints of 20 narrow layers."""
-    monkeypatch.setitem(co.SIZES, "gpt2-large", (20, 2, 16))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for ours, theirs in (("merges.txt", "vocab.bpe"), ("vocab.json", "encoder.json")):
-        (tmp_path / ours).symlink_to(BPE / theirs)
-    spec = importlib.util.spec_from_file_location("seed", SEED)
-    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
-    args = [tmp_path / "coconut.pt", tmp_path / "oracle.pt", "--weights", tmp_path, "--out", tmp_path / "run"]
-    return script, list(map(str, args)), PlainSeed(tmp_path)
-
-def test_seed_script_equals_plain_transformers(seed, monkeypatch):
-    """Readings, answers, injected logits and greedy texts are those of the seed's own way, in padded batches too."""
-    (script, args, plain), kept, first = seed, [], []
-    monkeypatch.setattr(script, "draw", lambda *_: [[(347, 285), (108, 820)], [(8638, 8130), (2000, 9000)], [(47, 12)]])
-    monkeypatch.setattr(script, "oracle_scores", lambda *given: kept.append(given) or {})
-    assert script.command_line(args) == 0
-    (run, oracle, tests, _), logits = kept[0], kept[0][1].logits
-    for test in tests:
-        for row, (a, b) in enumerate(test.problems):
-            readings, *texts = plain.think(a, b)
-            assert len(readings) == len(test.works[row]) and (readings - test.readings[row, :, 0]).abs().max() < 1e-4
-            assert texts == [test.forced[row], test.written[row]] and all(texts)
-    monkeypatch.setattr(oracle, "logits", lambda hidden: first.append(logits(hidden)) or first[-1].clone())
-    vectors = torch.cat([test.readings[:1, -1] for test in tests])
-    for end in (1, 0.01):  # the oracle ends as soon as it may; it goes on to the limit
-        for model in (oracle, plain.oracle.transformer):
-            model.wte.weight.data[50256:] *= end
-        for question, *plainly in ((script.STEP, "What is the intermediate calculation at this reasoning step?", 3, 25),
-                                   (script.ANSWER, "What is the final answer?", 2, 10)):
-            first.clear()
-            for row, said in enumerate(script.ask(run, oracle, vectors, question)):
-                theirs, text = plain.ask(vectors[row, 0], *plainly)
-                assert said == text and (first[0][row] - theirs).abs().max() < 1e-4
-
-def test_seed_script_scores(seed, monkeypatch):
-    """Who finds the truth in readings is right about all 3,571 steps that the seed counted, controls are not."""
-    (script, args, _), truth = seed, [("", "")]
-    def think(run, model, problems):
-        works, sums, start = [run.task.work(p) for p in problems], [str(a + b) for a, b in problems], len(truth)
-        for answer, steps in zip(sums, works):
-            truth.extend((run.task.say(step), f"it is {answer}, not 7" * (step == steps[-1])) for step in steps)
-        readings = torch.arange(start, len(truth)).view(len(works), -1, 1, 1)
-        return script.Thoughts(problems, works, readings.float(), sums, ["0", *sums[1:]])
-    monkeypatch.setattr(script, "think", think)
-    monkeypatch.setattr(script, "ask", lambda run, oracle, readings, question: [
-        truth[int(n)][question == script.ANSWER] for n in readings.flatten()])
-    assert script.command_line(args) == 0
-    results = co.load_json(Path(args[-1], "results.json"))
-    step, answer, coconut, controls = *results["oracle"].values(), results["coconut"], results["controls"]
-    assert (step["n"], step["exact"], step["token_f1"], step["exact_no_final"]) == (3571, 1, 1, 1)
-    assert answer == coconut["autoregressive"] == co.rate([True] * 1000) and coconut["teacher-forced"]["exact"] == 0.994
-    for name, low in (("none", 0), ("random", 0), ("shuffled_same_slot", 0.166), ("slot_majority", 0.166)):
-        assert low <= controls[name]["step"]["exact"] < low + 0.03 and controls[name]["step"]["exact_no_final"] < 0.05
-    assert script.command_line(args) == 2 and co.load_json(Path(args[-1], "results.json")) == results
-
-def test_seed_script_tells_mistakes_in_one_line(seed, capsys):
-    """No file, one that would run code, one of another model, wrong flags: nothing is run, and nothing written."""
-    (script, args, _), Hostile = seed, type("Hostile", (), {"__reduce__": lambda self: (print, ("code was run",))})
-    for content, flags in (({"wte.weight": Hostile()}, ""), ([1], ""), ({"wte.weight": torch.zeros(3)}, ""),
-                           (0, "more"), (0, "--problems 3"), (0, "--model gpt2"), (0, "--weights nowhere")):
-        torch.save(content, args[1])
-        assert script.command_line([*args, *flags.split()]) == 2
-        told = capsys.readouterr()
-        assert re.fullmatch(r"error: .*\n", told.err) and not told.out and (flags or args[1] in told.err)
-    done = subprocess.run([sys.executable, SEED, "nowhere.pt", *args[1:]], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and re.fullmatch(r"error: nowhere\.pt.*\n", done.stderr) and not Path(args[-1]).exists()
-
-TASK = str(HERE / ".tasks/coconut_json.py")
-NARROW = {"tiny": (2, 2, 32), "gpt2": (2, 2, 32)}
-
-def script(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
-def test_bench_measures_what_is_run(monkeypatch, tmp_path, capsys):
-    """Bench writes nothing, tells five kinds of step, and counts FLOPs as 6 a weight and token."""
-    bench = script(".scripts/bench.py")
-    monkeypatch.setitem(co.SIZES, "tiny", (2, 2, 96))
-    bench.BUDGET, bench.SIDE["cpu"] = 0.0, 256
-    (tmp_path / "config.json").touch()  # of a run, that bench leaves alone
-    bench.main(["--digits", "2", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path)])
-    steps = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
-    names = ["text step", "all-thoughts step", "one example at a time, 16 added up", "oracle step", "answers"]
-    assert [*steps] == names and list(tmp_path.iterdir()) == [tmp_path / "config.json"]
-    for name, r in steps.items():
-        assert all(math.isfinite(x) and (x > 0 or unit == "compile s") for unit, x in r.items()), name
-        flops = 1e12 * r["TFLOP"] / r["tokens/s"] / r["seconds"] / (2 * 12 * 96**2)  # a weight and token
-        low, high = {"answers": (1.5, 3), "oracle step": (3, 7)}.get(name, (4.8, 7.2))
-        assert low < flops < high, name
-    with pytest.raises(co.UserError, match="choose thoughts"):
-        bench.main(["--thoughts", "none"])
-
-def test_the_gpu_script_compares_what_it_says(monkeypatch, tmp_path, capsys):
-    """Compiled bfloat16 steps are as near to float32 as eager ones, and thoughts are exchanged."""
-    gpu, rolls, roll = script(".scripts/gpu.py"), [], co.Thought.roll
-    monkeypatch.setattr(co, "SIZES", NARROW)
-    monkeypatch.setattr(co.Thought, "roll", lambda self: rolls.append(1) or roll(self))
-    assert 2 <= gpu.correctness("cpu", "gpt2", tmp_path, "eager") < 20 and rolls
-    checks = co.load_json(tmp_path / "checks.json")
-    assert len(checks) == capsys.readouterr().out.count("ok     ") == 6
-    for name, check in checks.items():
-        low, far = 0 if name.startswith("tiny") else 1e-5, check["far"]
-        assert check["ok"] and low <= far["losses"] < 1e-2 and low <= far["gradient"] < 0.1, name
-
-def failed(folder):
-    return [name for name, check in co.load_json(folder / "checks.json").items() if not check["ok"]]
-
-def test_the_gpu_script_records_a_miss_and_goes_on(monkeypatch, tmp_path):
-    """A compiled block that computes something else is recorded, as are crashes and bad exits, and the rest is done."""
-    gpu, commands, right = script(".scripts/gpu.py"), [], {"losses": torch.ones(3), "gradient": torch.ones(3)}
-    for name in right:
-        gpu.compare(tmp_path, name, {**right, name: torch.tensor([1, 1, torch.nan])}, right, gpu.FLOAT32)
-    monkeypatch.setattr(co, "SIZES", NARROW)
-    gpu.PARTS = 1
-    monkeypatch.setattr(co.Block, "compile", lambda block, backend: block.mlp.c_proj.weight.data.mul_(3))
-    gpu.correctness("cpu", "gpt2", tmp_path)
-    assert failed(tmp_path)[:2] == [*right] and len(failed(tmp_path)) == 5
-    def run(args, **how):
-        commands.append(str(args[-1]))
-        return gpu.subprocess.CompletedProcess(args, returncode=int(commands[-1] != "gpt2"))
-    monkeypatch.setattr(gpu.subprocess, "run", run)
-    gpu.correctness = lambda *args: 9 if commands else 1 / 0
-    assert gpu.main(tmp_path / "all", 100) == 1 and len(commands) == 4
-    assert failed(tmp_path / "all") == ["gpt2, correctness", "bench-gpt2-large", "gpt2", "gpt2-large"]
-    (tmp_path / "all/gpt2/config.json").mkdir(parents=True)
-    assert gpu.main(tmp_path / "all", 100) == 1 and gpu.main(tmp_path / "all", 5) == 1
-    assert commands[4:] == ["gpt2-large", "--resume", str(tmp_path / "all/gpt2-large")]
-
-def test_problems_of_coconuts_files_run(monkeypatch, tmp_path):
-    """A JSON file as facebookresearch/coconut has them is learnt and measured, from data to report."""
-    items = [{"question": f"Ann has {n} pears and eats {n % 7}. How many?", "answer": str(n - n % 7),
-              "steps": [f"<<{n}-{n % 7}={n - n % 7}>>", "so"][:n % 3]} for n in range(60)]
-    (tmp_path / "x.json").write_text(json.dumps(items))
-    monkeypatch.setenv("COCONUT_JSON", str(tmp_path / "x.json"))
-    monkeypatch.setattr(co, "SIZES", NARROW)
-    flags = "--train-text 3 --train-mixed 1 --train-latent 3 --train-probes 2 --train-lora 2 --digits 1 --device cpu"
-    assert co.command_line([*flags.split(), "--task", TASK, "--out", str(tmp_path / "run")]) == 0
-    results = co.load_json(tmp_path / "run/results.json")
-    step, stages = results["oracle"]["step"], results["coconut"]["stages"]
-    assert 0 < step["n_no_final"] < step["n"] == 2 * stages["all"]["n"] and list(stages) == ["0", "1", "2", "all"]
-    assert "iia" not in results["causal"] and (tmp_path / "run/report.html").exists()
-
-def test_draws_of_coconuts_files(monkeypatch, tmp_path, capsys):
-    """Held-out questions are distinct whatever their case; a file that is no such list costs one line."""
-    path, begin = tmp_path / "x.json", ["--task", TASK, "--out", str(tmp_path / "out")]
-    items = [{"question": f"Is {n} odd?", "answer": "yes", "steps": ["a b"] * (n % 4)} for n in range(60)]
-    monkeypatch.setenv("COCONUT_JSON", str(path))
-    path.write_text(json.dumps([*items, *({**item, "question": item["question"].upper()} for item in items)]))
-    task = script(TASK).Task((1,))
-    train, few, test = [task.draw(co.rng_of(0), split, 1, 300) for split in (co.TRAIN, co.VALIDATION, co.TEST)]
-    assert len(train) == 300 and len({*train}) + len(few) + len(test) == len({*train, *few, *test}) == 60
-    assert [(task.say(step), task.fields(step)) for step in task.work(5)] == [("a b", {}), ("", None), ("", None)]
-    assert task.spell(task.work(5)) == "yes" and task.words.split()[:2] == ["a", "b"]
-    assert [task.typed(line) for line in ("0", "119", "120", "-1", "x", "1" * 5000)] == [0, 119, *[None] * 4]
-    wrong = [[*items, item] for item in ({"question": "x"}, {**items[0], "steps": "a b"}, {**items[0], "answer": 7})]
-    for content in (None, "[", "{}", "[]", "7", *map(json.dumps, [items[:9], *wrong])):
-        path.write_text(content) if content else path.unlink()
-        assert co.command_line([*begin, "--digits", "1"]) == 2
-        told = capsys.readouterr().err.splitlines()
-        assert len(told) == 1 and told[0].startswith(f"error: COCONUT_JSON={path} is no list"), content
-    monkeypatch.setitem(sys.modules, "__main__", co)  # as a script
-    monkeypatch.delitem(sys.modules, "cocoracle")
-    assert co.command_line(begin) == 2 and list(tmp_path.iterdir()) == [path]
-    assert capsys.readouterr().err == "error: coconut_json.py has problems of one size: use --digits 1\n"
 
 # -----------------------------------------------------------------------------------------------------------
 # gpt2_weights.py

@@ -37,11 +37,10 @@ def train(run, model, optimizers, loss_of, step):
     co.train_step(run, model, optimizers, losses())
 
 def oracle_loss(pool, run, model, rng):
-    problems, works, slots, readings = pool.draw(0, rng, run.cfg.batch_size)
-    prompts, targets, slots = co.question_rows(
-        run, rng, list(run.text.trained), problems, works, slots)
-    vectors = co.one_of_each(readings, slots)
-    loss, right = co.oracle_loss(run, model, prompts, targets, vectors)
+    problems, works, readings = pool.draw(0, rng, run.cfg.batch_size)
+    questions, targets, rows, slots = co.draw_questions(run, rng, ["step"], problems, works)
+    vectors = co.pick(readings, rows, slots)
+    loss, right = co.oracle_loss(run, model, questions, targets, vectors)
     return co.Loss(loss, loss, right)
 
 def answers(run, model, step):

@@ -40,10 +40,9 @@ def loss_of(run, model, stage, rng):
     # thoughts as they are: whitening would blow up what rounding does to them
     problems = run.task.draw(rng, co.TRAIN, 3, run.cfg.batch_size)
     works = [run.task.work(problem) for problem in problems]
-    slots = rng.integers(len(works[0]), size=len(works))
-    readings = co.one_of_each(co.think_about(run, model, problems), slots)
-    prompts, targets, _ = co.question_rows(run, rng, ["step", "slot"], problems, works, slots)
-    return co.oracle_loss(run, model, prompts, targets, readings)[0]
+    questions, targets, rows, slots = co.draw_questions(run, rng, ["step", "slot"], problems, works)
+    vectors = co.pick(co.think_about(run, model, problems), rows, slots)
+    return co.oracle_loss(run, model, questions, targets, vectors)[0]
 
 def steps_of(size, device, dtype="float32", backend=None):
     """Losses (PARTS,) and one gradient of each step, at random weights, always the same ones."""

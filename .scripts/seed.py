@@ -46,7 +46,7 @@ class Thoughts(NamedTuple):
     """What the Coconut model made of problems with one number of digits and of steps."""
     problems: list
     works: list  # their steps
-    readings: torch.Tensor  # (B, K, 1, C)
+    readings: torch.Tensor  # (B, K, C)
     written: list  # its answers
     forced: list  # its likeliest tokens when the gold answer is given, as text
 
@@ -80,7 +80,7 @@ def think(run, model, problems):
     batch = co.make_batch(run, problems, works, 0)
     problem, _ = co.encode(run, model, batch)
     thoughts = co.think(model, problem, len(works[0]))
-    readings = torch.stack([thought.reading for thought in thoughts], dim=1)
+    readings = co.readings_of(thoughts)
     past, end = problem.for_answer(thoughts)
     hidden, segment, _ = model(model.wte(batch.answer[:, :1]), past, end)  # <eot>
     written = write(run, model, co.Problem([*past, segment], hidden, end + 1), limit=15)
@@ -93,13 +93,12 @@ def think(run, model, problems):
 
 @torch.no_grad()
 def ask(run, oracle, readings, question):
-    """Answers, a list of text, to a question about readings (N, 1, C)."""
+    """Answers, a list of text, to a question about readings (N, C)."""
     words, limit, hold = question
     ids, said, device = run.text.ids(f"Layer 18: <act> {words}"), [], readings.device
-    places = co.put([ids.index(run.text.act)], device)
     for vectors in readings.split(250):
         x = oracle.wte(co.put([ids], device)).expand(len(vectors), -1, -1)
-        inject = co.Injection(vectors, places, run.cfg.into_layers, run.cfg.scale)
+        inject = co.Injection(vectors, ids.index(run.text.act), READ - 1, scale=2.0)
         hidden, segment, _ = oracle(x, inject=inject, last=1)
         said += write(run, oracle, co.Problem([segment], hidden, len(ids)), limit, hold)
     return [answer.strip() for answer in said]
@@ -164,8 +163,8 @@ def main(argv=None):
     args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = co.Config(model=args.model, weights=args.weights, device=device, dtype="float32",
-                    compile=False, thoughts="plain", scale=2.0,
-                    read_layers=((READ - 0.5) / co.SIZES[args.model][0],))  # rounded up
+                    compile=False, thoughts="plain",
+                    read_layer=(READ - 0.5) / co.SIZES[args.model][0])  # rounded up
     task = Sums(cfg.digits)
     ranks = co.gpt2_weights.read_bpe(co.released(cfg, co.gpt2_weights.BPE_FILES))
     run = co.Run(cfg, task, Text(task, cfg.digits, ranks), Path(args.out), exchanges=False)

@@ -1,0 +1,122 @@
+"""All kinds of thoughts over seeds, trained alike -> compare.md (a table) and compare.json.
+
+    python .scripts/compare.py FOLDER SEEDS JOBS [cocoracle.py's flags]
+
+Seeds are 1 to SEEDS; JOBS runs go at once, a thread each. What is finished is left as it is, what
+was stopped goes on, and the table is of what there is. Beside the kinds stands `random`: readers
+(probes, LoRA) trained on the thoughts of a model with random weights, the honest baseline of all
+that readers find.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HOME))
+import cocoracle as co  # noqa: E402
+
+ORDER = ("faithful", "explained", "plain", "bottleneck", "pause", "none", "random")
+COLUMNS = {  # of the table: where in results.json
+    "answers": "coconut stages all", "text after": "coconut text_after",
+    "steps read": "oracle step exact_no_final", "either order": "oracle step either_order",
+    "never read before": "oracle never_read exact_no_final", "result": "oracle step result",
+    "LoRA": "lora step exact_no_final", "LoRA result": "lora step result",
+    "linear probe": "probes linear step", "MLP probe": "probes mlp step",
+    "MLP digit": "probes mlp digit", "skill after": "oracle skill_after",
+    "no thought": "controls none exact_no_final", "noise": "controls random exact_no_final",
+    "same slot": "controls shuffled_same_slot exact_no_final",
+    "IIA changed": "causal iia_changed", "IIA flow": "causal iia_flow",
+    "IIA same": "causal iia_same", "IIA two": "causal iia_two", "IIA three": "causal iia_three",
+    "IIA other size": "causal iia_size", "said after": "causal said_after",
+    "kept, mean thought": "causal keep mean", "text tokens": "cost text tokens",
+    "text ms": "cost text seconds", "thoughts": "cost thoughts tokens",
+    "thoughts ms": "cost thoughts seconds", "training s": "seconds coconut",
+    "oracle s": "seconds oracle", "total s": "seconds total"}
+
+def finished(out):
+    return (out / "report.html").exists()
+
+def start(out, *flags):
+    """Run cocoracle.py in a process of one thread. A failed run raises."""
+    with open(f"{out}.txt", "a") as log:
+        subprocess.run([sys.executable, HOME / "cocoracle.py", "--out", out, *flags], stdout=log,
+                       stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+def train(folder, kind, seed, flags):
+    """One run, begun or gone on with, or left as it is."""
+    out = folder / f"{kind}-{seed}"
+    going_on = ["--resume"] * (out / "config.json").exists()
+    if not finished(out) and kind != "random":
+        start(out, "--thoughts", kind, "--seed", str(seed), *flags, *going_on)
+    elif not finished(out):
+        shutil.rmtree(out, ignore_errors=True)
+        untrained = ["--train-text", "0", "--train-mixed", "0", "--train-latent", "0"]
+        start(out, "--thoughts", "explained", "--seed", str(seed), *flags, *untrained,
+              "--stage", "coconut")
+        shutil.copytree(folder / f"faithful-{seed}" / "base", out / "base", dirs_exist_ok=True)
+        for stage in ("probes", "lora", "eval"):
+            start(out, "--stage", stage)
+    print(f"{out.name} is done", flush=True)
+
+def figure(results, path):
+    """The number at a path of results.json, or None."""
+    for name in path.split():
+        results = results.get(name, {}) if isinstance(results, dict) else {}
+    found = results.get("exact") if isinstance(results, dict) else results
+    return 1000 * found if found is not None and path.endswith(" seconds") else found
+
+def summary(folder, kinds, seeds):
+    """-> {kind: {column: [mean, least, most]}, with "seeds": those that are finished}."""
+    table = {}
+    for kind in kinds:
+        done = [seed for seed in seeds if finished(folder / f"{kind}-{seed}")]
+        runs = [co.load_json(folder / f"{kind}-{seed}" / "results.json") for seed in done]
+        table[kind] = {"seeds": done}
+        for column, path in COLUMNS.items():
+            found = [figure(results, path) for results in runs]
+            if found and None not in found and (kind != "random" or column[:3] in ("LoR", "lin", "MLP")):
+                table[kind][column] = [sum(found) / len(found), min(found), max(found)]
+    return {kind: rows for kind, rows in table.items() if rows["seeds"]}
+
+def markdown(table):
+    """A row for each figure, a column for each kind: mean (least to most)."""
+    kinds = list(table)
+    lines = ["| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|",
+             "| seeds | " + " | ".join(str(len(table[kind]["seeds"])) for kind in kinds) + " |"]
+    for column in COLUMNS:
+        cells = []
+        for kind in kinds:
+            numbers, digits = table[kind].get(column), 3
+            if column.split()[-1] in ("s", "ms", "tokens", "thoughts"):
+                digits = 0 if column.endswith(" s") else 1
+            cells.append("{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*numbers, d=digits) if numbers else "-")
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+def main(folder, seeds, jobs, *flags):
+    folder, seeds = Path(folder).absolute(), range(1, int(seeds) + 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = [kind for kind in ORDER if kind in os.environ.get("KINDS", " ".join(ORDER)).split()]
+    with ThreadPoolExecutor(int(jobs)) as pool:
+        runs = []
+        for seed in seeds:
+            runs += [pool.submit(train, folder, kind, seed, flags) for kind in kinds if kind != "random"]
+        failed = [run.exception() for run in runs if run.exception()]
+        if "random" in kinds and not failed:  # these take the base of faithful runs
+            for seed in seeds:
+                train(folder, "random", seed, flags)
+    table = summary(folder, ORDER, seeds)
+    co.write_atomic(folder / "compare.json", json.dumps(table, indent=1) + "\n")
+    co.write_atomic(folder / "compare.md", markdown(table))
+    print(markdown(table))
+    for error in failed:
+        print(f"error: {error}", file=sys.stderr)
+    return int(bool(failed))
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,262 @@
+"""Tests of the scripts and tasks beside cocoracle.py: the seed's checkpoints, the comparison, speed, the GPU, tasks."""
+
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cocoracle as co
+from test_cocoracle import BPE, HERE, SHORT, cli
+
+SEED = Path(co.__file__).parent / ".scripts" / "seed.py"
+
+class PlainSeed:
+    """The seed's own way (scripts/10, interactive.py), one problem at a time, in plain transformers: random models."""
+    def __init__(self, directory):
+        import transformers as hf
+        tok = self.tok = hf.GPT2Tokenizer(vocab=str(BPE / "encoder.json"), merges=str(BPE / "vocab.bpe"))
+        tok.add_special_tokens({"additional_special_tokens": ["<bot>", "<sep>", "<eot>", "<act>"]})
+        self.ids = lambda words: torch.tensor([tok(words)["input_ids"]])
+        numbers = [n for word, n in tok.get_vocab().items() if re.fullmatch("Ġ?[0-9]{1,3}", word)]
+        for name in ("coconut", "oracle"):
+            torch.manual_seed(len(name))
+            config = hf.GPT2Config(n_layer=20, n_head=2, n_embd=16, vocab_size=50261, initializer_range=0.3)
+            model = hf.GPT2LMHeadModel(config).eval().requires_grad_(False)
+            model.transformer.wte.weight[numbers] *= 2  # so that they are written often
+            model.transformer.wte.weight[50256:] *= 8 if name == "oracle" else 1  # special ones as soon as it may
+            model.transformer.h[18].attn.c_proj.weight *= 8  # so that what is injected matters
+            torch.save(model.state_dict(), directory / f"{name}.pt")
+            setattr(self, name, model)
+
+    def think(self, a, b):
+        """-> readings (K, C), as many as the answer has digits; likeliest text, given the answer; answer written."""
+        model, head, readings, written = self.coconut.transformer, self.coconut.lm_head, [], []
+        out = model(self.ids(f"{a} + {b} = <bot>"), use_cache=True)
+        past, ids = out.past_key_values, self.ids(f"<eot> {a + b}")
+        for _ in str(a + b):
+            out = model(inputs_embeds=out.last_hidden_state[:, -1:], past_key_values=past, output_hidden_states=True)
+            readings.append(out.hidden_states[19][0, 0])
+        forced = head(model(ids[:, :-1], past_key_values=past).last_hidden_state)[0].argmax(-1)
+        past.crop(1 - ids.shape[1])
+        token = ids[:, :1]
+        while len(written) < 15 and (self.tok.decode(written).strip() or "0").isdigit():
+            token = head(model(token, past_key_values=past).last_hidden_state).argmax(-1)
+            written.append(token.item())
+        written = re.match(r"\d*", self.tok.decode(written).strip())[0]
+        return torch.stack(readings), self.tok.decode(forced).strip(), written
+
+    def ask(self, vector, words, hold, limit):
+        """-> logits at the prompt's last token, and greedy text."""
+        ids = prompt = self.ids(f"Layer 18: <act> {words}")
+        at, every = prompt[0].tolist().index(50260), []
+        def add(_, __, h):
+            h[:, at] += 2.0 * h[:, at].norm() * vector / vector.norm()
+        with self.oracle.transformer.h[17].register_forward_hook(add):
+            while len(every) < limit and ids[0, -1] != 50256:
+                every.append(self.oracle(ids).logits[0, -1])
+                token = every[-1][:50256 if len(every) <= hold else None].argmax()
+                ids = torch.cat([ids, token[None, None]], 1)
+        return every[0], self.tok.decode(ids[0, prompt.shape[1]:]).removesuffix("<|endoftext|>").strip()
+
+@pytest.fixture
+def seed(tmp_path, monkeypatch):
+    """-> the script as a module, its arguments, the seed's own way with the same checkpoints of 20 narrow layers."""
+    monkeypatch.setitem(co.SIZES, "gpt2-large", (20, 2, 16))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for ours, theirs in (("merges.txt", "vocab.bpe"), ("vocab.json", "encoder.json")):
+        (tmp_path / ours).symlink_to(BPE / theirs)
+    spec = importlib.util.spec_from_file_location("seed", SEED)
+    spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
+    args = [tmp_path / "coconut.pt", tmp_path / "oracle.pt", "--weights", tmp_path, "--out", tmp_path / "run"]
+    return script, list(map(str, args)), PlainSeed(tmp_path)
+
+def test_seed_script_equals_plain_transformers(seed, monkeypatch):
+    """Readings, answers, injected logits and greedy texts are those of the seed's own way, in padded batches too."""
+    (script, args, plain), kept, first = seed, [], []
+    monkeypatch.setattr(script, "draw", lambda *_: [[(347, 285), (108, 820)], [(8638, 8130), (2000, 9000)], [(47, 12)]])
+    monkeypatch.setattr(script, "oracle_scores", lambda *given: kept.append(given) or {})
+    assert script.command_line(args) == 0
+    (run, oracle, tests, _), logits = kept[0], kept[0][1].logits
+    for test in tests:
+        for row, (a, b) in enumerate(test.problems):
+            readings, *texts = plain.think(a, b)
+            assert len(readings) == len(test.works[row]) and (readings - test.readings[row]).abs().max() < 1e-4
+            assert texts == [test.forced[row], test.written[row]] and all(texts)
+    monkeypatch.setattr(oracle, "logits", lambda hidden: first.append(logits(hidden)) or first[-1].clone())
+    vectors = torch.cat([test.readings[:1, -1] for test in tests])
+    for end in (1, 0.01):  # the oracle ends as soon as it may; it goes on to the limit
+        for model in (oracle, plain.oracle.transformer):
+            model.wte.weight.data[50256:] *= end
+        for question, *plainly in ((script.STEP, "What is the intermediate calculation at this reasoning step?", 3, 25),
+                                   (script.ANSWER, "What is the final answer?", 2, 10)):
+            first.clear()
+            for row, said in enumerate(script.ask(run, oracle, vectors, question)):
+                theirs, text = plain.ask(vectors[row], *plainly)
+                assert said == text and (first[0][row] - theirs).abs().max() < 1e-4
+
+def test_seed_script_scores(seed, monkeypatch):
+    """Who finds the truth in readings is right about all 3,571 steps that the seed counted, controls are not."""
+    (script, args, _), truth = seed, [("", "")]
+    def think(run, model, problems):
+        works, sums, start = [run.task.work(p) for p in problems], [str(a + b) for a, b in problems], len(truth)
+        for answer, steps in zip(sums, works):
+            truth.extend((run.task.say(step), f"it is {answer}, not 7" * (step == steps[-1])) for step in steps)
+        readings = torch.arange(start, len(truth)).view(len(works), -1, 1)
+        return script.Thoughts(problems, works, readings.float(), sums, ["0", *sums[1:]])
+    monkeypatch.setattr(script, "think", think)
+    monkeypatch.setattr(script, "ask", lambda run, oracle, readings, question: [
+        truth[int(n)][question == script.ANSWER] for n in readings.flatten()])
+    assert script.command_line(args) == 0
+    results = co.load_json(Path(args[-1], "results.json"))
+    step, answer, coconut, controls = *results["oracle"].values(), results["coconut"], results["controls"]
+    assert (step["n"], step["exact"], step["token_f1"], step["exact_no_final"]) == (3571, 1, 1, 1)
+    assert answer == coconut["autoregressive"] == co.rate([True] * 1000) and coconut["teacher-forced"]["exact"] == 0.994
+    for name, low in (("none", 0), ("random", 0), ("shuffled_same_slot", 0.166), ("slot_majority", 0.166)):
+        assert low <= controls[name]["step"]["exact"] < low + 0.03 and controls[name]["step"]["exact_no_final"] < 0.05
+    assert script.command_line(args) == 2 and co.load_json(Path(args[-1], "results.json")) == results
+
+def test_seed_script_tells_mistakes_in_one_line(seed, capsys):
+    """No file, one that would run code, one of another model, wrong flags: nothing is run, and nothing written."""
+    (script, args, _), Hostile = seed, type("Hostile", (), {"__reduce__": lambda self: (print, ("code was run",))})
+    for content, flags in (({"wte.weight": Hostile()}, ""), ([1], ""), ({"wte.weight": torch.zeros(3)}, ""),
+                           (0, "more"), (0, "--problems 3"), (0, "--model gpt2"), (0, "--weights nowhere")):
+        torch.save(content, args[1])
+        assert script.command_line([*args, *flags.split()]) == 2
+        told = capsys.readouterr()
+        assert re.fullmatch(r"error: .*\n", told.err) and not told.out and (flags or args[1] in told.err)
+    done = subprocess.run([sys.executable, SEED, "nowhere.pt", *args[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and re.fullmatch(r"error: nowhere\.pt.*\n", done.stderr) and not Path(args[-1]).exists()
+
+TASK = str(HERE / ".tasks/coconut_json.py")
+NARROW = {"tiny": (2, 2, 32), "gpt2": (2, 2, 32)}
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+def test_bench_measures_what_is_run(monkeypatch, tmp_path, capsys):
+    """Bench writes nothing, tells five kinds of step, and counts FLOPs as 6 a weight and token."""
+    bench = script(".scripts/bench.py")
+    monkeypatch.setitem(co.SIZES, "tiny", (2, 2, 96))
+    bench.BUDGET, bench.SIDE["cpu"] = 0.0, 256
+    (tmp_path / "config.json").touch()  # of a run, that bench leaves alone
+    bench.main(["--digits", "2", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path)])
+    steps = json.loads(capsys.readouterr().out.splitlines()[-1])["steps"]
+    names = ["text step", "all-thoughts step", "one example at a time, 16 added up", "oracle step", "answers"]
+    assert [*steps] == names and list(tmp_path.iterdir()) == [tmp_path / "config.json"]
+    for name, r in steps.items():
+        assert all(math.isfinite(x) and (x > 0 or unit == "compile s") for unit, x in r.items()), name
+        flops = 1e12 * r["TFLOP"] / r["tokens/s"] / r["seconds"] / (2 * 12 * 96**2)  # a weight and token
+        low, high = {"answers": (1.5, 3), "oracle step": (3, 7)}.get(name, (4.8, 7.2))
+        assert low < flops < high, name
+    with pytest.raises(co.UserError, match="choose thoughts"):
+        bench.main(["--thoughts", "none"])
+
+def test_the_gpu_script_compares_what_it_says(monkeypatch, tmp_path, capsys):
+    """Compiled bfloat16 steps are as near to float32 as eager ones, and thoughts are exchanged."""
+    gpu, rolls, roll = script(".scripts/gpu.py"), [], co.Thought.roll
+    monkeypatch.setattr(co, "SIZES", NARROW)
+    monkeypatch.setattr(co.Thought, "roll", lambda self: rolls.append(1) or roll(self))
+    assert 2 <= gpu.correctness("cpu", "gpt2", tmp_path, "eager") < 20 and rolls
+    checks = co.load_json(tmp_path / "checks.json")
+    assert len(checks) == capsys.readouterr().out.count("ok     ") == 6
+    for name, check in checks.items():
+        low, far = 0 if name.startswith("tiny") else 1e-5, check["far"]
+        assert check["ok"] and low <= far["losses"] < 1e-2 and low <= far["gradient"] < 0.1, name
+
+def failed(folder):
+    return [name for name, check in co.load_json(folder / "checks.json").items() if not check["ok"]]
+
+def test_the_gpu_script_records_a_miss_and_goes_on(monkeypatch, tmp_path):
+    """A compiled block that computes something else is recorded, as are crashes and bad exits, and the rest is done."""
+    gpu, commands, right = script(".scripts/gpu.py"), [], {"losses": torch.ones(3), "gradient": torch.ones(3)}
+    for name in right:
+        gpu.compare(tmp_path, name, {**right, name: torch.tensor([1, 1, torch.nan])}, right, gpu.FLOAT32)
+    monkeypatch.setattr(co, "SIZES", NARROW)
+    gpu.PARTS = 1
+    monkeypatch.setattr(co.Block, "compile", lambda block, backend: block.mlp.c_proj.weight.data.mul_(3))
+    gpu.correctness("cpu", "gpt2", tmp_path)
+    assert failed(tmp_path)[:2] == [*right] and len(failed(tmp_path)) == 5
+    def run(args, **how):
+        commands.append(str(args[-1]))
+        return gpu.subprocess.CompletedProcess(args, returncode=int(commands[-1] != "gpt2"))
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    gpu.correctness = lambda *args: 9 if commands else 1 / 0
+    assert gpu.main(tmp_path / "all", 100) == 1 and len(commands) == 4
+    assert failed(tmp_path / "all") == ["gpt2, correctness", "bench-gpt2-large", "gpt2", "gpt2-large"]
+    (tmp_path / "all/gpt2/config.json").mkdir(parents=True)
+    assert gpu.main(tmp_path / "all", 100) == 1 and gpu.main(tmp_path / "all", 5) == 1
+    assert commands[4:] == ["gpt2-large", "--resume", str(tmp_path / "all/gpt2-large")]
+
+def test_problems_of_coconuts_files_run(monkeypatch, tmp_path):
+    """A JSON file as facebookresearch/coconut has them is learnt and measured, from data to report."""
+    items = [{"question": f"Ann has {n} pears and eats {n % 7}. How many?", "answer": str(n - n % 7),
+              "steps": [f"<<{n}-{n % 7}={n - n % 7}>>", "so"][:n % 3]} for n in range(60)]
+    (tmp_path / "x.json").write_text(json.dumps(items))
+    monkeypatch.setenv("COCONUT_JSON", str(tmp_path / "x.json"))
+    monkeypatch.setattr(co, "SIZES", NARROW)
+    flags = "--train-text 3 --train-mixed 1 --train-latent 3 --train-probes 2 --train-lora 2 --digits 1 --device cpu"
+    assert co.command_line([*flags.split(), "--task", TASK, "--out", str(tmp_path / "run")]) == 0
+    results = co.load_json(tmp_path / "run/results.json")
+    step, stages = results["oracle"]["step"], results["coconut"]["stages"]
+    assert 0 < step["n_no_final"] < step["n"] == 2 * stages["all"]["n"] and list(stages) == ["0", "1", "2", "all"]
+    assert "iia" not in results["causal"] and (tmp_path / "run/report.html").exists()
+
+def test_draws_of_coconuts_files(monkeypatch, tmp_path, capsys):
+    """Held-out questions are distinct whatever their case; a file that is no such list costs one line."""
+    path, begin = tmp_path / "x.json", ["--task", TASK, "--out", str(tmp_path / "out")]
+    items = [{"question": f"Is {n} odd?", "answer": "yes", "steps": ["a b"] * (n % 4)} for n in range(60)]
+    monkeypatch.setenv("COCONUT_JSON", str(path))
+    path.write_text(json.dumps([*items, *({**item, "question": item["question"].upper()} for item in items)]))
+    task = script(TASK).Task((1,))
+    train, few, test = [task.draw(co.rng_of(0), split, 1, 300) for split in (co.TRAIN, co.VALIDATION, co.TEST)]
+    assert len(train) == 300 and len({*train}) + len(few) + len(test) == len({*train, *few, *test}) == 60
+    assert [(task.say(step), task.fields(step)) for step in task.work(5)] == [("a b", {}), ("", None), ("", None)]
+    assert task.spell(task.work(5)) == "yes" and task.words.split()[:2] == ["a", "b"]
+    assert [task.typed(line) for line in ("0", "119", "120", "-1", "x", "1" * 5000)] == [0, 119, *[None] * 4]
+    wrong = [[*items, item] for item in ({"question": "x"}, {**items[0], "steps": "a b"}, {**items[0], "answer": 7})]
+    for content in (None, "[", "{}", "[]", "7", *map(json.dumps, [items[:9], *wrong])):
+        path.write_text(content) if content else path.unlink()
+        assert co.command_line([*begin, "--digits", "1"]) == 2
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1 and told[0].startswith(f"error: COCONUT_JSON={path} is no list"), content
+    done = cli(*begin)  # as a script, whose classes the task must see as its own
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == [path]
+    assert done.stderr == "error: coconut_json.py has problems of one size: use --digits 1\n"
+
+def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    """Finished runs are left alone, stopped ones resumed; the random row has trained readers of an untrained model, and
+    the table the mean, least and most of each figure over seeds."""
+    path = HERE / ".scripts" / "compare.py"
+    spec = importlib.util.spec_from_file_location("compare", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    told = []
+
+    def start(out, *flags):
+        told.append((out.name, *flags))
+        assert co.command_line([*flags, "--out", str(out)]) == 0
+
+    monkeypatch.setattr(script, "start", start)
+    monkeypatch.setenv("KINDS", "faithful none random")
+    assert script.main(tmp_path, "2", "1", *SHORT) == 0
+    told.clear()
+    (tmp_path / "none-2/report.html").unlink()
+    assert script.main(tmp_path, "2", "1", *SHORT) == 0 and len(told) == 1
+    assert told[0][0] == "none-2" and "--resume" in told[0]
+    table = json.loads((tmp_path / "compare.json").read_text())
+    assert list(table) == ["faithful", "none", "random"] and table["faithful"]["seeds"] == [1, 2]
+    found = [co.load_json(tmp_path / f"faithful-{seed}/results.json")["causal"]["iia_same"]["exact"] for seed in (1, 2)]
+    assert table["faithful"]["IIA same"] == [sum(found) / 2, min(found), max(found)]
+    assert "steps read" not in table["none"] and "answers" not in table["random"] and "LoRA" in table["random"]
+    base = [(tmp_path / f"{name}-1/base/model.safetensors").read_bytes() for name in ("faithful", "random")]
+    coconut = co.load_json(tmp_path / "random-1/config.json")
+    assert base[0] == base[1] and coconut["train_latent"] == 0
+    assert "| IIA same | " in (tmp_path / "compare.md").read_text()

@@ -1,0 +1,57 @@
+"""Pointer chasing: a random map of ten symbols, a start, and as many hops as --digits says.
+    python cocoracle.py --task .tasks/hops.py --digits 3-6
+`3702914856,4,3=`: 0 leads to 3, 1 to 7, ...; from 4, three hops: `4>9`, `9>6`, `6>4`, so 4. Where
+a step is given, the walk goes on from there, by its own map."""
+
+import re
+
+import cocoracle as co
+
+class Task:
+    FIELDS = {"from": 10, "to": 10}
+    words = "from to"
+
+    def __init__(self, sizes):
+        if max(sizes) > 60:
+            raise co.UserError("--digits takes 1 to 60 hops, as `3-6`")
+
+    def draw(self, rng, split, size, n):
+        problems = []
+        while len(problems) < n:
+            links, start = "".join(map(str, rng.integers(10, size=10))), int(rng.integers(10))
+            if co.split_of(f"{links},{start}") == split:
+                problems.append((links, start, size))
+        return problems
+
+    def size(self, problem):
+        return problem[2]
+
+    def text(self, problem):
+        return "{},{},{}=".format(*problem)
+
+    def work(self, problem, given={}):
+        links, at, size = problem
+        steps = []
+        for slot in range(size):
+            steps.append(given.get(slot, (at, int(links[at]))))
+            at = steps[-1][1]
+        return steps
+
+    def say(self, step):
+        return f"{step[0]}>{step[1]}"
+
+    def spell(self, steps):
+        return str(steps[-1][1])
+
+    def fields(self, step):
+        return {"from": step[0], "to": step[1]}
+
+    def never_read(self, step):
+        return (step[0] + 3 * step[1]) % 10 == 7  # 10 of 100
+
+    def looser(self, said):
+        return {"result": said.partition(">")[2]}
+
+    def typed(self, line):
+        found = re.fullmatch(r"(\d{10}),(\d),(\d{1,2})", line, re.ASCII)
+        return (found[1], int(found[2]), int(found[3])) if found else None

@@ -1,0 +1,58 @@
+"""n-by-n-digit multiplication as at school, into one row of digits; n is --digits.
+    python cocoracle.py --task .tasks/multiply.py --digits 2
+A step is digit times digit, plus what stands there, plus the carry: `7*4+3+2=33 write 3 carry 3`.
+The last one of a row writes its carry. A given step's digit and carry are taken as they stand."""
+
+import re
+
+import cocoracle as co
+
+class Task(co.Sums):
+    FIELDS = {"a": 10, "b": 10, "stands": 10, "carry": 9, "digit": 10}
+
+    def __init__(self, sizes):
+        if max(sizes) > 5:
+            raise co.UserError("--digits takes 1 to 5 digits, as `2` or `2,3`")
+
+    def text(self, problem):
+        return "{}*{}=".format(*problem)
+
+    def work(self, problem, given={}):
+        """Steps (a, b, what stands there, carry in, digit written, carry out)."""
+        a, b = [[int(digit) for digit in reversed(str(x))] for x in problem]
+        row, steps = [0] * 2 * len(a), []
+        for i, y in enumerate(b):
+            carry = 0
+            for j, x in enumerate([*a, None]):
+                total = carry if x is None else x * y + row[i + j] + carry
+                step = (x, y, row[i + j], carry, total % 10, total // 10)
+                steps.append(given.get(len(steps), step))
+                row[i + j], carry = steps[-1][4:]
+        return steps
+
+    def say(self, step):
+        a, b, stands, carry, digit, carry_out = step
+        if a is None:
+            return f"write {digit}"
+        total = a * b + stands + carry
+        return f"{a}*{b}+{stands}+{carry}={total} write {digit} carry {carry_out}"
+
+    def spell(self, steps):
+        size = next(n for n in range(1, 6) if n * (n + 1) == len(steps))
+        row = [0] * 2 * size
+        for number, step in enumerate(steps):
+            row[number // (size + 1) + number % (size + 1)] = step[4]
+        return "".join(map(str, reversed(row))).lstrip("0") or "0"
+
+    def fields(self, step):
+        return None if step[0] is None else dict(zip(self.FIELDS, step))
+
+    def never_read(self, step):
+        return step[0] is not None and (min(step[:2]), max(step[:2])) in self.NEVER_READ
+
+    def looser(self, said):
+        return {"result": said.partition(" write ")[2]}
+
+    def typed(self, line):
+        found = re.fullmatch(r"([1-9]\d{0,9}) *\* *([1-9]\d{0,9})", line, re.ASCII)
+        return (int(found[1]), int(found[2])) if found and len(found[1]) == len(found[2]) else None
