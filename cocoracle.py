@@ -718,6 +718,12 @@ def read_problems(run, model, problems, stage="all"):
         ids, problem = write(model, problem, run.text.sep, limit, times=n_text)
     return problem, count, ids
 
+def think_through(run, model, problems, given={}):
+    """Problems of one size, read and thought, all slots -> Problem, list of Thoughts."""
+    problem, count, _ = read_problems(run, model, problems)
+    with evaluating(run, model):
+        return problem, think(model, problem, count, given)
+
 def answer(run, model, problem, thoughts):
     """Greedy answers after these thoughts, a list of text. "..." stands for a missing end."""
     text = run.text
@@ -1248,18 +1254,13 @@ def train_coconut(run):
 # --------------------------------------------------------------------------------------------------
 # 9. Oracles that are trained: the seed's self-oracle, and LoRA
 
-def think_about(run, model, problems):
-    """Problems of one size -> readings of all their thoughts (B, K, C)."""
-    problem, count, _ = read_problems(run, model, problems)
-    with evaluating(run, model):
-        return readings_of(think(model, problem, count)).float()
-
 def whitener_of(run, model):
     """The Whitener of a model's thoughts: a function of the model and of training problems."""
     readings = []
     for size in run.cfg.digits:
         problems = run.task.draw(rng_of(run.cfg.seed, "whiten", size), TRAIN, size, 1000)
-        readings.append(think_about(run, model, problems).flatten(0, 1))
+        _, thoughts = think_through(run, model, problems)
+        readings += [thought.reading for thought in thoughts]
     return Whitener(torch.cat(readings))
 
 class Pool:
@@ -1279,7 +1280,8 @@ class Pool:
                 rng_made = rng_of(run.cfg.seed, "pool", size, self.refill)
                 problems = run.task.draw(rng_made, TRAIN, size, self.each)
                 works = [run.task.work(problem) for problem in problems]
-                readings = self.white(think_about(run, self.model, problems))
+                _, thoughts = think_through(run, self.model, problems)
+                readings = self.white(readings_of(thoughts))
                 self.made.append((problems, works, readings))
         shares = 2.0 ** np.arange(len(sizes))  # long problems are learnt later
         problems, works, readings = self.made[rng.choice(len(sizes), p=shares / shares.sum())]
@@ -1384,15 +1386,11 @@ def solve(run, model, problems, donors={}):
     this experiment."""
     task, given, steps = run.task, {}, [{} for _ in problems]
     for slot, others in donors.items():
-        donor, _, _ = read_problems(run, model, others)
-        with evaluating(run, model):
-            given[slot] = think(model, donor, slot + 1)[slot]
+        given[slot] = think_through(run, model, others)[1][slot]
         for own, other in zip(steps, others):
             own[slot] = task.work(other)[slot]
     works = [task.work(own, s) if s else task.work(own) for own, s in zip(problems, steps)]
-    problem, count, _ = read_problems(run, model, problems)
-    with evaluating(run, model):
-        thoughts = think(model, problem, count, given)
+    problem, thoughts = think_through(run, model, problems, given)
     return Solved(problems, works, problem, thoughts, answer(run, model, problem, thoughts))
 
 class About(NamedTuple):
@@ -1502,55 +1500,51 @@ def as_worked(run, solved):
     """Whether each answer is what the hand-worked steps spell."""
     return [now == run.task.spell(steps) for now, steps in zip(solved.answers, solved.works)]
 
-def exchange_one(run, model, oracle, test, slot, hits):
-    """One slot's thought is the row before's: does the answer say what the worked sum spells, and
-    the next thought what the next step then is?"""
-    given, moved = solve(run, model, test.problems, {slot: rows_before(test.problems)}), []
+def donations(run, tests, test, slot, rng):
+    """Who gives thoughts to the problems of a test, in this slot -> [(figure, donors), ...].
+
+    iia: the row before. Never trained: iia_two, iia_three, so many slots from as many donors, and
+    iia_size, donors of another size. iia_same: training problems whose step there is the own one,
+    word for word (where there is none, the problem itself, which does not count).
+    """
+    task, problems = run.task, test.problems
+    donors, found = {slot: rows_before(problems)}, []
+    found.append(("iia", {**donors}))
+    for other in rng.permutation(len(test.thoughts)).tolist():
+        if other not in donors and len(donors) < 3:
+            donors[other] = rows_before(problems, len(donors) + 1)
+            found.append(("iia_two" if len(donors) == 2 else "iia_three", {**donors}))
+    size, final = task.size(problems[0]), task.fields(test.works[0][slot]) is None
+    for other in tests:
+        if task.size(other.problems[0]) != size and slot < len(other.thoughts):
+            if (task.fields(other.works[0][slot]) is None) == final:
+                many = other.problems * math.ceil(len(problems) / len(other.problems))
+                found.append(("iia_size", {slot: many[:len(problems)]}))
+                break
+    having = defaultdict(list)
+    for problem in task.draw(rng, TRAIN, size, 5000):
+        having[task.work(problem)[slot]].append(problem)
+    same = [having[steps[slot]] or [own] for own, steps in zip(problems, test.works)]
+    found.append(("iia_same", {slot: [each[rng.integers(len(each))] for each in same]}))
+    return found
+
+def follow(run, oracle, test, slot, given, hits):
+    """With one slot given by another problem: where the answer should be another, and where later
+    steps should, is it? And what does the next thought say, where its step is another?"""
+    moved = []
     for row, right in enumerate(as_worked(run, given)):
         steps, own = given.works[row], test.works[row]
-        hits["iia"].append(right)
         if run.task.spell(steps) != run.task.spell(own):
             hits["iia_changed"].append(right)
             hits["slot", slot].append(right)
         if steps[slot + 1:] != own[slot + 1:]:
             hits["iia_flow"].append(right)
             if steps[slot + 1] != own[slot + 1] and not run.task.never_read(steps[slot + 1]):
-                moved.append(row)  # the next step is another
+                moved.append(row)
     if moved:
         readings = given.thoughts[slot + 1].reading[moved]
         for said, row in zip(ask(run, oracle, readings), moved):
             hits["said_after"].append(said == run.task.say(given.works[row][slot + 1]))
-
-def exchange_more(run, model, tests, test, slot, rng, hits):
-    """What is never trained: two and three slots, of as many donors; donors of another size."""
-    problems, task = test.problems, run.task
-    donors = {slot: rows_before(problems)}
-    for other in rng.permutation(len(test.thoughts)).tolist():
-        if other not in donors and len(donors) < 3:
-            donors[other] = rows_before(problems, len(donors) + 1)
-            name = "iia_two" if len(donors) == 2 else "iia_three"
-            hits[name] += as_worked(run, solve(run, model, problems, donors))
-    final = task.fields(test.works[0][slot]) is None
-    for donor in tests:
-        if task.size(donor.problems[0]) != task.size(problems[0]) and slot < len(donor.thoughts):
-            if (task.fields(donor.works[0][slot]) is None) == final:
-                others = (donor.problems * len(problems))[:len(problems)]
-                solved = solve(run, model, problems, {slot: others})
-                hits["iia_size"] += as_worked(run, solved)
-                break
-
-def exchange_same(run, model, test, slot, rng, hits):
-    """Donors whose step in this slot is the own one, word for word (training problems, where there
-    are any): nothing may change."""
-    having, size = defaultdict(list), run.task.size(test.problems[0])
-    for problem in run.task.draw(rng, TRAIN, size, 5000):
-        having[run.task.work(problem)[slot]].append(problem)
-    donors = [having[steps[slot]] or [own] for own, steps in zip(test.problems, test.works)]
-    same = [found[rng.integers(len(found))] for found in donors]
-    answers = solve(run, model, test.problems, {slot: same}).answers
-    for now, was, own, donor in zip(answers, test.answers, test.problems, same):
-        if donor != own:
-            hits["iia_same"].append(now == was)
 
 def causal_scores(run, model, oracle, tests):
     """What answers and later thoughts do when thoughts are given -> the section "causal"."""
@@ -1562,9 +1556,15 @@ def causal_scores(run, model, oracle, tests):
             answers = answer(run, model, test.problem, given)
             hits["keep", name] += [now == own for now, own in zip(answers, test.answers)]
         for slot in range(len(test.thoughts) if run.exchanges else 0):
-            exchange_one(run, model, oracle, test, slot, hits)
-            exchange_more(run, model, tests, test, slot, rng, hits)
-            exchange_same(run, model, test, slot, rng, hits)
+            for name, donors in donations(run, tests, test, slot, rng):
+                given = solve(run, model, test.problems, donors)
+                if name != "iia_same":
+                    hits[name] += as_worked(run, given)
+                else:  # nothing may change
+                    rows = zip(donors[slot], test.problems, given.answers, test.answers)
+                    hits[name] += [now == was for donor, own, now, was in rows if donor != own]
+                if name == "iia":
+                    follow(run, oracle, test, slot, given, hits)
     scores = {"keep": {name: rate(hits["keep", name]) for name in ("mean", "swap")}}
     if run.exchanges:
         for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three",
@@ -1784,7 +1784,7 @@ def donor_of(run, verb, slot, words, current):
                         "it must be of a problem of that size")
     return found[0]
 
-def show(run, model, oracle, current, donors):
+def show_chain(run, model, oracle, current, donors):
     """A problem in thoughts, beside the hand-worked one."""
     view = in_words(run, oracle, solve(run, model, [current], donors), donors)[0]
     wrong = "" if view["answer"] == view["spelled"] else f"   ! by hand {view['spelled']}"
@@ -1797,22 +1797,24 @@ def respond(run, model, oracle, line, current):
     """Do what a line asks for, about the current problem -> the current problem from then on."""
     command = re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
     if not command:
-        rng, donors = np.random.default_rng(), {}
-        sizes = list(run.cfg.digits)
-        current = (run.task.draw(rng, TEST, int(rng.choice(sizes)), 1)[0] if line == "random"
-                   else typed(run, line))
-        show(run, model, oracle, current, donors)
+        if line == "random":
+            rng = np.random.default_rng()
+            (current,) = run.task.draw(rng, TEST, int(rng.choice(run.cfg.digits)), 1)
+        else:
+            current = typed(run, line)
+        show_chain(run, model, oracle, current, {})
         return current
     verb, slot, words = command[1], int(command[2]), command[3]
     if current is None or slot >= len(run.task.work(current)):
         raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
     if verb != "?":
         donor = donor_of(run, verb, slot, words, current)
-        show(run, model, oracle, current, {slot: [donor]})
+        show_chain(run, model, oracle, current, {slot: [donor]})
     elif any(token in words for token in RESERVED) or len(run.text.ids(words)) > 40:
         raise UserError("ask in at most 40 tokens, none of them special")
     else:
-        print(ask(run, oracle, think_about(run, model, [current])[:, slot], words)[0], flush=True)
+        _, thoughts = think_through(run, model, [current])
+        print(ask(run, oracle, thoughts[slot].reading, words)[0], flush=True)
     return current
 
 def ask_loop(run):
@@ -1837,10 +1839,12 @@ def ask_loop(run):
 # --------------------------------------------------------------------------------------------------
 # 14. Command line
 
-PARTS = {"coconut": train_coconut, "probes": train_probes, "oracle": train_oracle,
-         "lora": lambda run: train_oracle(run, "lora"), "eval": evaluate}
-FILES = {"coconut": "coconut/model.safetensors", "probes": "probes.safetensors",
-         "oracle": "oracle/model.safetensors", "lora": "lora/adapter_model.safetensors"}
+PARTS = {  # name: what does it, and the file whose presence says that it is done
+    "coconut": (train_coconut, "coconut/model.safetensors"),
+    "probes": (train_probes, "probes.safetensors"),
+    "oracle": (train_oracle, "oracle/model.safetensors"),
+    "lora": (lambda run: train_oracle(run, "lora"), "lora/adapter_model.safetensors"),
+    "eval": (evaluate, "report.html")}
 SESSION = ("stage", "out", "resume", "device", "dtype", "compile", "weights")  # not of the run
 LATER = {"probes": ("train_probes",), "oracle": ("train_oracle",), "lora": ("train_lora",),
          "eval": ("eval_problems", "split")}  # what each part may change of the run in --out
@@ -1911,9 +1915,9 @@ def parts_of(cfg):
 def check(cfg):
     """Refuse what cannot work before anything is written. Raises UserError."""
     out, stage, parts = Path(cfg.out), cfg.stage, parts_of(cfg)
-    done = [part for part, name in FILES.items() if (out / name).exists()]
+    done = [part for part, (_, name) in PARTS.items() if (out / name).exists()]
     started = (out / "config.json").exists()
-    again = started if stage in ("all", "coconut") else stage in done
+    again = started if stage in ("all", "coconut") else stage in done and stage != "eval"
     needed = {"all": [], "coconut": [], "eval": parts[:-1], "ask": {"coconut", "oracle"} & {*parts}}
     missing = [part for part in needed.get(stage, ["coconut"]) if part not in done]
     for refused, why in (
@@ -1984,9 +1988,10 @@ def main(argv=None):
         return ask_loop(run)
     make_folder(run)
     for part in parts_of(cfg) if cfg.stage == "all" else [cfg.stage]:
-        if part == "eval" or not (run.out / FILES[part]).exists():
+        work, name = PARTS[part]
+        if part == "eval" or not (run.out / name).exists():
             start = time.time()
-            PARTS[part](run)
+            work(run)
             seconds = load_json(run.out / "results.json").get("seconds", {})
             seconds[part] = time.time() - start
             seconds["total"] = sum(seconds[name] for name in PARTS if name in seconds)

@@ -741,7 +741,8 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
 
     for noise in (False, True):
         monkeypatch.setattr(co, "load_model", lambda run, name: None)
-        monkeypatch.setattr(co, "think_about", lambda run, model, problems: readings(problems, noise))
+        monkeypatch.setattr(co, "think_through", lambda run, model, problems: (None, [
+            co.Thought(None, None, x) for x in readings(problems, noise).unbind(1)]))
         monkeypatch.setattr(co, "whitener_of", lambda run, model: lambda x: x)
         co.train_probes(run)
         problems = run.task.draw(rng, co.TEST, 2, 100)

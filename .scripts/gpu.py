@@ -41,7 +41,7 @@ def loss_of(run, model, stage, rng):
     problems = run.task.draw(rng, co.TRAIN, 3, run.cfg.batch_size)
     works = [run.task.work(problem) for problem in problems]
     questions, targets, rows, slots = co.draw_questions(run, rng, ["step", "slot"], problems, works)
-    vectors = co.pick(co.think_about(run, model, problems), rows, slots)
+    vectors = co.pick(co.readings_of(co.think_through(run, model, problems)[1]), rows, slots)
     return co.oracle_loss(run, model, questions, targets, vectors)[0]
 
 def steps_of(size, device, dtype="float32", backend=None):
