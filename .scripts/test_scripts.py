@@ -260,3 +260,33 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, caps
     coconut = co.load_json(tmp_path / "random-1/config.json")
     assert base[0] == base[1] and coconut["train_latent"] == 0
     assert "| IIA same | " in (tmp_path / "compare.md").read_text()
+
+def test_multiplication_with_a_step_given():
+    """Steps are those of the school method, and spell the product. A given step's digit and carry are worth what they
+    stand for: the product changes by their difference, at that place."""
+    task = script(str(HERE / ".tasks/multiply.py")).Task((2, 3))
+    said = [task.say(step) for step in task.work((37, 85))]
+    assert said == ["7*5+0+0=35 write 5 carry 3", "3*5+0+3=18 write 8 carry 1", "write 1",
+                    "7*8+8+0=64 write 4 carry 6", "3*8+1+6=31 write 1 carry 3", "write 3"]
+    rng = co.rng_of(0)
+    for size in (2, 3):
+        problems = task.draw(rng, co.TRAIN, size, 100)
+        for (a, b), donor in zip(problems, problems[1:]):
+            own, others = task.work((a, b)), task.work(donor)
+            assert len(own) == size * (size + 1) and task.spell(own) == str(a * b)
+            for slot, (mine, other) in enumerate(zip(own, others)):
+                row, column = divmod(slot, size + 1)
+                change = other[4] - mine[4] + (10 * (other[5] - mine[5]) if column < size else 0)
+                worked = task.work((a, b), {slot: other})
+                assert worked[:slot] == own[:slot] and worked[slot] == other
+                assert int(task.spell(worked)) == a * b + change * 10 ** (row + column)
+
+def test_hops_with_a_step_given():
+    """Each hop follows the problem's own map; after a given one the walk goes on from where that led, by the own map."""
+    task = script(str(HERE / ".tasks/hops.py")).Task((3, 4, 5, 6))
+    assert task.work(("3702914856", 4, 3)) == [(4, 9), (9, 6), (6, 4)]
+    assert task.work(("3702914856", 4, 3), {1: (0, 2)}) == [(4, 9), (0, 2), (2, 0)]
+    assert task.typed("3702914856,4,3") == ("3702914856", 4, 3) and task.typed("370291485,4,3") is None
+    assert sum(task.never_read((a, b)) for a in range(10) for b in range(10)) == 10
+    drawn = {split: set(task.draw(co.rng_of(split), split, 3, 300)) for split in (co.TRAIN, co.VALIDATION, co.TEST)}
+    assert not drawn[co.TRAIN] & drawn[co.TEST] and len(drawn[co.TEST]) == 300
