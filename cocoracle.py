@@ -146,8 +146,8 @@ class Config:
     batch_size: int = flag(64, "problems (or readings) in a step", low=2)
     accumulate: int = flag(1, "parts of that size in a step, each of its own problems")
     train_text: int = flag(250, "stage 0, all text", low=0)
-    train_mixed: int = flag(80, "stage 1; stage k takes k times as many", low=0)
-    train_latent: int = flag(1600, "the last stage once more, with its ingredients", low=0)
+    train_mixed: int = flag(120, "stage 1; stage k takes k times as many", low=0)
+    train_latent: int = flag(2400, "the last stage once more, with its ingredients", low=0)
     train_oracle: int = flag(2300, "the fine-tuned self-oracle", low=0)
     train_lora: int = flag(450, "the LoRA oracle", low=0)
     train_probes: int = flag(1000, "each probe, of 512 readings a step", low=0)
@@ -1191,13 +1191,14 @@ def coconut_loss(run, model, stage, rng, n=None):
     return Loss(total, loss, all_right(logits[:, T:], batch.answer_target))
 
 def stages_of(run):
-    """Stages in order: text, then the last 1, 2, 3 and all slots as thoughts. "all" is the last of
-    these once more, with all ingredients of the kind of thoughts."""
+    """Stages in order: text, then the last 1, 2, 3, 5, 7, ... and all slots as thoughts. "all" is
+    the last of these once more, with all ingredients of the kind of thoughts."""
     most = 0
     for size in run.cfg.digits:
         (problem,) = run.task.draw(rng_of(0, "slots", size), TRAIN, size, 1)
         most = max(most, len(run.task.work(problem)))
-    return ["0", *(str(k) for k in (1, 2, 3) if k < most), str(most), "all"]
+    latent = sorted({1, min(2, most), *range(3, most, 2), most})
+    return ["0", *map(str, latent), "all"]
 
 def held_out(run, most, few=False):
     """The problems of every evaluation, in batches of one size, of at most so many."""
