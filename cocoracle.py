@@ -792,7 +792,8 @@ def consult(run, model, questions, vectors, said, last):
     ids = pad(heads, run.text.eos, left=True)
     valid = np.arange(ids.shape[1]) >= ids.shape[1] - lengths
     ids, valid, begin, end = [put(x, said.device) for x in (ids, valid, begin, begin + lengths)]
-    _, segment, _ = model(model.wte(ids), (), begin, valid, last=1)
+    # one row alone, as of one question with last=1, would be compiled anew
+    _, segment, _ = model(model.wte(ids), (), begin, valid, last=2)
     which = put([number[question] for question in questions], said.device)
     # index_select: on a CPU the backward of x[which] sums in any order, so that runs would differ
     segment = segment.map(lambda x: x.index_select(0, which))
@@ -815,8 +816,10 @@ def oracle_loss(run, model, questions, targets, vectors, most=None):
 def ask(run, oracle, readings, question=None):
     """Greedy answers, a list of text, to one question (default: the step, in the wording kept from
     training) about readings (N, C). Where nothing whitens them, zeros inject nothing."""
-    answers, eos = [], run.text.eos
+    answers, eos, n = [], run.text.eos, len(readings)
     question = question or run.text.held_out["step"]
+    # a batch of one row would be compiled anew
+    readings = readings.expand(2, -1) if n == 1 else readings
     for chunk in readings.split(1000):
         vectors = oracle.white(chunk) if oracle.white else chunk.float()
         nothing = torch.zeros(len(chunk), 0, dtype=torch.long, device=chunk.device)
@@ -826,7 +829,7 @@ def ask(run, oracle, readings, question=None):
             begun = Problem(past, hidden, end)
             ids, _ = write(oracle.model, begun, eos, run.text.longest + 2)
         answers += [run.text.show(row) for row in ids.tolist()]
-    return answers
+    return answers[:n]
 
 def truth(task, problem, steps, slot, family):
     """What a question of this family about the thought of a slot should be answered."""
@@ -1787,7 +1790,8 @@ def donor_of(run, verb, slot, words, current):
 
 def show_chain(run, model, oracle, current, donors):
     """A problem in thoughts, beside the hand-worked one."""
-    view = in_words(run, oracle, solve(run, model, [current], donors), donors)[0]
+    # two of a kind: a batch of one row would be compiled anew
+    view = in_words(run, oracle, solve(run, model, [current] * 2, donors), donors)[0]
     wrong = "" if view["answer"] == view["spelled"] else f"   ! by hand {view['spelled']}"
     print(f"{view['problem']}{view['answer']}{wrong}\nslot  {'worked by hand':<26}the thought says")
     for slot, (step, said) in enumerate(zip(view["steps"], view["said"])):
@@ -1810,12 +1814,12 @@ def respond(run, model, oracle, line, current):
         raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
     if verb != "?":
         donor = donor_of(run, verb, slot, words, current)
-        show_chain(run, model, oracle, current, {slot: [donor]})
+        show_chain(run, model, oracle, current, {slot: [donor] * 2})
     elif any(token in words for token in RESERVED) or len(run.text.ids(words)) > 40:
         raise UserError("ask in at most 40 tokens, none of them special")
     else:
-        _, thoughts = think_through(run, model, [current])
-        print(ask(run, oracle, thoughts[slot].reading, words)[0], flush=True)
+        _, thoughts = think_through(run, model, [current] * 2)
+        print(ask(run, oracle, thoughts[slot].reading[:1], words)[0], flush=True)
     return current
 
 def ask_loop(run):

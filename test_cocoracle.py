@@ -757,7 +757,7 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole program, on one trained miniature
 
-MINI = ("--digits 2 --batch-size 32 --train-text 150 --train-mixed 60 --train-latent 400 --train-lora 150 "
+MINI = ("--digits 2 --batch-size 32 --train-text 150 --train-mixed 80 --train-latent 700 --train-lora 150 "
         "--train-probes 200 --eval-problems 120 --device cpu").split()
 SHORT = ("--digits 2 --batch-size 4 --train-text 3 --train-mixed 1 --train-latent 3 --train-oracle 3 --train-lora 3 "
          "--train-probes 3 --eval-problems 8 --device cpu").split()
@@ -1042,6 +1042,7 @@ class Task:
     def say(self, step): return f"left {step}"
     def spell(self, steps): return str(steps[-1])
     def fields(self, step): return {"left": step}
+    def never_read(self, step): return False
     def looser(self, said): return {}
     def typed(self, line): return int(line) if line.isdigit() and 3 <= int(line) < 10 else None
 '''
