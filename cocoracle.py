@@ -1124,16 +1124,19 @@ def record(run, **sections):
     write_atomic(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
-def rate(hits):
-    """Booleans -> a rate, with its Wilson 95% interval (1927)."""
-    n = len(hits)
+def wilson(p, n):
+    """A share p of n -> a rate, with its Wilson 95% interval (1927)."""
     if not n:
         return {"exact": 0.0, "n": 0, "ci95": [0.0, 1.0]}
-    p, z = float(np.mean(hits)), 1.959964  # 95% of the normal distribution lie within z
+    z = 1.959964  # 95% of the normal distribution lie within z
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
     return {"exact": p, "n": n, "ci95": [max(0.0, min(p, low)), min(1.0, max(p, high))]}
+
+def rate(hits):
+    """Booleans -> a rate."""
+    return wilson(float(np.mean(hits)) if len(hits) else 0.0, len(hits))
 
 def show_rate(r):
     low, high = r["ci95"]
@@ -1680,6 +1683,9 @@ def figures(section, name=""):
     found = []
     if "exact" in section:
         found.append((name, section))
+    if "exact_no_final" in section:
+        without = wilson(section["exact_no_final"], section["n_no_final"])
+        found.append((f"{name}, no final slot", without))
     for key, inner in section.items():
         if isinstance(inner, dict) and not ("exact" in section and key == "by_digits"):
             found += figures(inner, f"{name}, {key}" if name else key)

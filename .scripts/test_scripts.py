@@ -136,14 +136,14 @@ def test_seed_script_tells_mistakes_in_one_line(seed, capsys):
 TASK = str(HERE / ".tasks/coconut_json.py")
 NARROW = {"tiny": (2, 2, 32), "gpt2": (2, 2, 32)}
 
-def script(path):
+def module_of(path):
     spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
 def test_bench_measures_what_is_run(monkeypatch, tmp_path, capsys):
     """Bench writes nothing, tells five kinds of step, and counts FLOPs as 6 a weight and token."""
-    bench = script(".scripts/bench.py")
+    bench = module_of(".scripts/bench.py")
     monkeypatch.setitem(co.SIZES, "tiny", (2, 2, 96))
     bench.BUDGET, bench.SIDE["cpu"] = 0.0, 256
     (tmp_path / "config.json").touch()  # of a run, that bench leaves alone
@@ -161,7 +161,7 @@ def test_bench_measures_what_is_run(monkeypatch, tmp_path, capsys):
 
 def test_the_gpu_script_compares_what_it_says(monkeypatch, tmp_path, capsys):
     """Compiled bfloat16 steps are as near to float32 as eager ones, and thoughts are exchanged."""
-    gpu, rolls, roll = script(".scripts/gpu.py"), [], co.Thought.roll
+    gpu, rolls, roll = module_of(".scripts/gpu.py"), [], co.Thought.roll
     monkeypatch.setattr(co, "SIZES", NARROW)
     monkeypatch.setattr(co.Thought, "roll", lambda self: rolls.append(1) or roll(self))
     assert 2 <= gpu.correctness("cpu", "gpt2", tmp_path, "eager") < 20 and rolls
@@ -176,7 +176,7 @@ def failed(folder):
 
 def test_the_gpu_script_records_a_miss_and_goes_on(monkeypatch, tmp_path):
     """A compiled block that computes something else is recorded, as are crashes and bad exits, and the rest is done."""
-    gpu, commands, right = script(".scripts/gpu.py"), [], {"losses": torch.ones(3), "gradient": torch.ones(3)}
+    gpu, commands, right = module_of(".scripts/gpu.py"), [], {"losses": torch.ones(3), "gradient": torch.ones(3)}
     for name in right:
         gpu.compare(tmp_path, name, {**right, name: torch.tensor([1, 1, torch.nan])}, right, gpu.FLOAT32)
     monkeypatch.setattr(co, "SIZES", NARROW)
@@ -215,7 +215,7 @@ def test_draws_of_coconuts_files(monkeypatch, tmp_path, capsys):
     items = [{"question": f"Is {n} odd?", "answer": "yes", "steps": ["a b"] * (n % 4)} for n in range(60)]
     monkeypatch.setenv("COCONUT_JSON", str(path))
     path.write_text(json.dumps([*items, *({**item, "question": item["question"].upper()} for item in items)]))
-    task = script(TASK).Task((1,))
+    task = module_of(TASK).Task((1,))
     train, few, test = [task.draw(co.rng_of(0), split, 1, 300) for split in (co.TRAIN, co.VALIDATION, co.TEST)]
     assert len(train) == 300 and len({*train}) + len(few) + len(test) == len({*train, *few, *test}) == 60
     assert [(task.say(step), task.fields(step)) for step in task.work(5)] == [("a b", {}), ("", None), ("", None)]
@@ -234,15 +234,12 @@ def test_draws_of_coconuts_files(monkeypatch, tmp_path, capsys):
 def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     """Finished runs are left alone, stopped ones resumed; the random row has trained readers of an untrained model, and
     the table the mean, least and most of each figure over seeds."""
-    path = HERE / ".scripts" / "compare.py"
-    spec = importlib.util.spec_from_file_location("compare", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = module_of(".scripts/compare.py")
     told = []
 
     def start(out, *flags):
         told.append((out.name, *flags))
-        assert co.command_line([*flags, "--out", str(out)]) == 0
+        co.main([*flags, "--out", str(out)])
 
     monkeypatch.setattr(script, "start", start)
     monkeypatch.setenv("KINDS", "faithful none random")
@@ -264,7 +261,7 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, caps
 def test_multiplication_with_a_step_given():
     """Steps are those of the school method, and spell the product. A given step's digit and carry are worth what they
     stand for: the product changes by their difference, at that place."""
-    task = script(str(HERE / ".tasks/multiply.py")).Task((2, 3))
+    task = module_of(str(HERE / ".tasks/multiply.py")).Task((2, 3))
     said = [task.say(step) for step in task.work((37, 85))]
     assert said == ["7*5+0+0=35 write 5 carry 3", "3*5+0+3=18 write 8 carry 1", "write 1",
                     "7*8+8+0=64 write 4 carry 6", "3*8+1+6=31 write 1 carry 3", "write 3"]
@@ -283,7 +280,7 @@ def test_multiplication_with_a_step_given():
 
 def test_hops_with_a_step_given():
     """Each hop follows the problem's own map; after a given one the walk goes on from where that led, by the own map."""
-    task = script(str(HERE / ".tasks/hops.py")).Task((3, 4, 5, 6))
+    task = module_of(str(HERE / ".tasks/hops.py")).Task((3, 4, 5, 6))
     assert task.work(("3702914856", 4, 3)) == [(4, 9), (9, 6), (6, 4)]
     assert task.work(("3702914856", 4, 3), {1: (0, 2)}) == [(4, 9), (0, 2), (2, 0)]
     assert task.typed("3702914856,4,3") == ("3702914856", 4, 3) and task.typed("370291485,4,3") is None
