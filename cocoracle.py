@@ -1150,10 +1150,10 @@ def rows_before(rows, shift=1):
     return rows[-shift:] + rows[:-shift]
 
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
-    """Nats a token of what the model says, asked as an oracle is, of live thoughts, one a problem:
-    unwhitened, not detached. works: their steps, the last ones of which are thoughts. slot: the one
-    that was exchanged, or None: half of the time it, and those after it, are asked. (SIM-CoT, arXiv
-    2509.20317, has a decoder of its own for this.)"""
+    """Nats a token of what the model says, asked as an oracle is, of as many live thoughts as
+    problems: unwhitened, not detached. works: their steps, the last ones of which are thoughts.
+    slot: the one that was exchanged, or None: half of the time it, and those after it, are asked.
+    (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
     n_text = len(works[0]) - len(thoughts)
     low = slot if slot is not None and rng.random() < 0.5 else n_text
     families = ["step", "slot", *run.task.FIELDS]
@@ -1165,10 +1165,10 @@ def coconut_loss(run, model, stage, rng, n=None):
     """Loss of n fresh problems of one size at a stage: cross-entropy of what the model must write,
     its text steps and the answer, never the problem's digits, and the explaining loss.
 
-    Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches of the
-    last stage, one slot's thought is the row before's, later thoughts are thought anew, and what
-    is trained is the sum worked with that column given. It is begun from thoughts that carry the
-    answer: begun with the first latent stage it wrecks the learning.
+    Exchange (interchange intervention training, arXiv 2112.00826): in half of the last stage's
+    batches in thoughts, one slot's thought is the row before's, later thoughts are thought anew,
+    and what is trained is the sum worked with that column given. It is begun from thoughts that
+    carry the answer: begun with the first latent stage it wrecks the learning.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)

@@ -207,10 +207,12 @@ def test_injection_formula():
     want = x[:, 3] + 2 * x[:, 3].norm(dim=-1, keepdim=True) * v / v.norm(dim=-1, keepdim=True)
     assert near(out[:, 3], want, 1e-5) and torch.equal(out[:, [0, 1, 2, 4]], x[:, [0, 1, 2, 4]])
     assert torch.equal(injection._replace(vectors=torch.zeros(2, 8)).into(x), x)
-    model = rough(run_of())
-    model.read = 0  # what enters the first block is without it
-    assert torch.equal(model(x := torch.randn(2, 5, 96), inject=co.Injection(torch.randn(2, 96), 3, 0))[2], model(
-        x, inject=co.Injection(torch.randn(2, 96), 3, 1))[2]) is False
+    model, x = rough(run_of()), torch.randn(2, 5, 96)
+    model.read = 1
+    plain, _, own = model(x)
+    for layer, changed in ((0, True), (1, True), (2, False)):  # above the layer read, it is not seen there
+        hidden, _, stream = model(x, inject=co.Injection(torch.randn(2, 96), 3, layer))
+        assert torch.equal(stream, own) != changed and not torch.equal(hidden, plain)
 
 @pytest.mark.parametrize("stage", ["0", "2", "all"])
 def test_loss_equals_plain_rows(stage):
@@ -307,8 +309,8 @@ def test_iia_of_a_hand_made_model(monkeypatch):
     assert scores["keep"]["swap"]["exact"] == 0.0 and set(scores["by_slot"]) == {"0", "1", "2", "3"}
 
 def test_iia_of_models_that_do_not_mean_it(monkeypatch):
-    """Read right and not used: no answer changes. Used, but later thoughts do not follow: the flow is missed alone. Said
-    from the problem: the next thought's words are missed alone."""
+    """Read right and not used: no answer changes. Used, but later thoughts do not follow: the flow is missed alone.
+    Said from the problem: the next thought's words are missed alone."""
     idle = causal(monkeypatch, answer_from="problem")
     assert idle["iia_changed"]["exact"] == 0 and idle["keep"]["mean"]["exact"] == idle["keep"]["swap"]["exact"] == 1.0
     broken = causal(monkeypatch, chain=False)
@@ -388,15 +390,17 @@ BAD = [  # arguments, and what the one line on stderr must name
     ("--model gpt2 --weights there", "there"), ("--seed -1", "--seed"), ("--seed one", "--seed"),
     ("--seed 9223372036854775808", "--seed"), ("--device tpu", "--device"), ("--dtype float16", "--dtype"),
     ("--compile yes", "yes"), ("--resume maybe", "maybe"), ("--digits 0", "--digits"), ("--digits abc", "--digits"),
-    ("--digits 1", "--digits"), ("--digits 3-2", "--digits"), ("--digits 2,99", "--digits"), ("--digits 2,", "--digits"),
-    ("--digits 9", "--digits"), ("--thoughts loud", "--thoughts"), ("--read-layer 2", "--read-layer"),
-    ("--read-layer half", "--read-layer"), ("--read-layer inf", "--read-layer"), ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "--batch-size"),
-    ("--accumulate 0", "--accumulate"), ("--train-text -1", "--train-text"), ("--train-mixed x", "--train-mixed"),
-    ("--train-latent nan", "--train-latent"), ("--train-oracle -5", "--train-oracle"), ("--train-lora ,", "--train-lora"),
+    ("--digits 1", "--digits"), ("--digits 3-2", "--digits"), ("--digits 2,99", "--digits"),
+    ("--digits 2,", "--digits"), ("--digits 9", "--digits"), ("--thoughts loud", "--thoughts"),
+    ("--read-layer 2", "--read-layer"), ("--read-layer half", "--read-layer"), ("--read-layer inf", "--read-layer"),
+    ("--batch-size 0", "--batch-size"), ("--batch-size 1.5", "--batch-size"), ("--accumulate 0", "--accumulate"),
+    ("--train-text -1", "--train-text"), ("--train-mixed x", "--train-mixed"), ("--train-latent nan", "--train-latent"),
+    ("--train-oracle -5", "--train-oracle"), ("--train-lora ,", "--train-lora"),
     ("--train-probes 1e3", "--train-probes"), ("--eval-problems 0", "--eval-problems"), ("--split train", "--split"),
-    ("--no-such-flag", "--no-such-flag"), ("stray", "stray"), ("--resume", "no run"), ("--task nowhere.py", "nowhere.py"),
-    ("--stage probes", "coconut"), ("--stage lora", "coconut"), ("--stage eval", "coconut"), ("--stage ask", "coconut"),
-    ("--stage oracle", "--thoughts"), ("--stage lora --thoughts none", "none"), ("--stage ask --thoughts none", "none")]
+    ("--no-such-flag", "--no-such-flag"), ("stray", "stray"), ("--resume", "no run"),
+    ("--task nowhere.py", "nowhere.py"), ("--stage probes", "coconut"), ("--stage lora", "coconut"),
+    ("--stage eval", "coconut"), ("--stage ask", "coconut"), ("--stage oracle", "--thoughts"),
+    ("--stage lora --thoughts none", "none"), ("--stage ask --thoughts none", "none")]
 if not torch.cuda.is_available():
     BAD.append(("--device cuda", "no GPU"))
 
@@ -454,7 +458,7 @@ def test_questions_of_the_tests_are_not_trained():
     assert len(set(trained)) == len(trained) and not set(trained) & set(text.held_out.values())
 
 def test_batch():
-    """Prefix, text targets and answer of a batch: each target is the next token, the harness feeds what follows <sep>."""
+    """Prefix, text targets and answer of a batch: targets are the next tokens, the harness feeds what follows <sep>."""
     run = run_of()
     text, works = run.text, [run.task.work(p) for p in PROBLEMS]
     batch = co.make_batch(run, PROBLEMS, works, 2)
@@ -490,8 +494,8 @@ def test_questions_of_a_batch():
     assert len(seen) == 600 and set(seen) == set(families) and seen.count("step") > 450
 
 def test_never_read_steps_reach_no_reader(monkeypatch):
-    """What is asked of readers in training, by the explaining loss (of exchanged sums too), oracles and probes, is never
-    a step of a held-out digit pair, in either order; all others are asked. Tests report them apart."""
+    """What is asked of readers in training, by the explaining loss (of exchanged sums too), oracles and probes, is
+    never a step of a held-out digit pair, in either order; all others are asked. Tests report them apart."""
     pairs = {tuple(sorted(p)) for p in co.Sums.NEVER_READ}
     assert len(pairs) == 6 and all(a <= b for a, b in co.Sums.NEVER_READ)
     run = run_of("--digits", "2", "--batch-size", 32)
@@ -500,7 +504,8 @@ def test_never_read_steps_reach_no_reader(monkeypatch):
     monkeypatch.setattr(co, "truth", lambda task, problem, steps, slot, family: shown.add(steps[slot]) or truth(
         task, problem, steps, slot, family))
     field_hits = co.field_hits
-    monkeypatch.setattr(co, "field_hits", lambda run, probe, x, steps: shown.update(steps) or field_hits(run, probe, x, steps))
+    monkeypatch.setattr(co, "field_hits", lambda run, probe, x, steps: shown.update(steps) or field_hits(
+        run, probe, x, steps))
     for step in range(60):
         co.coconut_loss(run, model, "all", co.rng_of(2, step))
     by_explaining = {tuple(sorted(step[:2])) for step in shown if step.a is not None}
@@ -670,7 +675,8 @@ def test_resume_is_bit_for_bit(tmp_path, monkeypatch):
     afresh = train(run._replace(cfg=run.cfg, out=shutil.copytree(run.out, tmp_path / "c")))
     again = train(run._replace(cfg=dataclasses.replace(run.cfg, resume=True)))
     first = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["loss"] for name in "bc"]
-    assert first[0] == first[1] and all(torch.equal(x, afresh.state_dict()[key]) for key, x in again.state_dict().items())
+    assert first[0] == first[1]
+    assert all(torch.equal(x, afresh.state_dict()[key]) for key, x in again.state_dict().items())
     assert all(torch.equal(x, again.state_dict()[key]) for key, x in whole.state_dict().items())
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines()[-1] for name in "ab"]
     losses = [json.loads(line)["loss"] for line in logs]
@@ -757,7 +763,7 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole program, on one trained miniature
 
-MINI = ("--digits 2 --batch-size 32 --train-text 150 --train-mixed 80 --train-latent 700 --train-lora 150 "
+MINI = ("--digits 2 --batch-size 32 --train-text 150 --train-mixed 80 --train-latent 600 --train-lora 150 "
         "--train-probes 200 --eval-problems 120 --device cpu").split()
 SHORT = ("--digits 2 --batch-size 4 --train-text 3 --train-mixed 1 --train-latent 3 --train-oracle 3 --train-lora 3 "
          "--train-probes 3 --eval-problems 8 --device cpu").split()
@@ -814,8 +820,8 @@ def test_results_have_the_schema(mini):
     assert set(r["oracle"]) == families and set(r["lora"]) == families | set(co.WHOLE)
     assert {"exact_no_final", "n_no_final", "token_f1", "either_order", "result"} <= set(r["oracle"]["step"])
     assert set(r["probes"]["linear"]) == {*co.Sums.FIELDS, "step"} and set(r["cost"]) == {"text", "thoughts"}
-    assert set(r["causal"]) == {"keep", "iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three", "iia_size",
-                                "said_after", "by_slot"}
+    assert set(r["causal"]) == {"keep", "iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three",
+                                "iia_size", "said_after", "by_slot"}
     assert {"coconut", "probes", "lora", "eval", "total"} == set(r["seconds"])
     assert "null" not in (out / "results.json").read_text() and r["cost"]["thoughts"]["tokens"] == 3.0
     names = {path.name for path in out.iterdir()}
@@ -838,7 +844,8 @@ def test_evaluating_again_gives_the_same_figures(mini, tmp_path):
     assert not set(problems) & set(sum(co.held_out(run_of("--stage", "eval", out=out), 500), []))
 
 @pytest.mark.parametrize("args, says", [
-    ("--stage eval --thoughts plain", "faithful"), ("--stage eval --seed 1", "has 0"), ("--stage lora --digits 2-4", "(2,)"),
+    ("--stage eval --thoughts plain", "faithful"), ("--stage eval --seed 1", "has 0"),
+    ("--stage lora --digits 2-4", "(2,)"),
     ("--stage ask --read-layer 1", "0.5"), ("--resume --train-text 7", "150"), ("--stage eval --model gpt2", "tiny"),
     ("--stage oracle", "KINDS"), ("", "--resume"), ("--stage coconut", "--resume"), ("--stage lora", "--resume")])
 def test_contradictions_with_a_run(mini, capsys, args, says):
@@ -903,11 +910,12 @@ def test_from_pretrained_loads_what_is_saved(mini):
         with torch.no_grad():
             assert near(ours.logits(ours(ours.wte(ids))[0]), theirs(ids).logits)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "coconut")
-    for s in ("347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x", *run.text.held_out.values()):
+    mixed = "347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x"
+    for s in (*mixed, *run.text.held_out.values()):
         assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
 
-@pytest.mark.parametrize("kind", ["none", "plain", "explained", pytest.param("pause", marks=TORTURE),
-                                  pytest.param("bottleneck", marks=TORTURE)])
+@pytest.mark.parametrize("kind", ["none", "plain", *(pytest.param(kind, marks=TORTURE) for kind in (
+    "pause", "bottleneck", "explained"))])
 def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
     """Each kind trains, is measured and reported; sections that it cannot have are absent."""
     monkeypatch.setattr(co, "LOG_EVERY", 1)
@@ -923,13 +931,14 @@ def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
         assert co.command_line(["--stage", "ask", "--out", str(tmp_path / "run")]) in (0, 2)
 
 def test_which_model_each_section_gets(tmp_path, monkeypatch):
-    """Of a plain run: oracle and controls ask the fine-tuned copy, lora the adapter's model, both of whitened thoughts of
-    the coconut; skill_after is the copy's; causal exchanges thoughts in the coconut and asks the copy."""
+    """Of a plain run: oracle and controls ask the fine-tuned copy, lora the adapter's model, both of whitened thoughts
+    of the coconut; skill_after is the copy's; causal exchanges thoughts in the coconut and asks the copy."""
     out, seen = tmp_path / "run", []
     short(out, "--thoughts", "plain")
     run = run_of("--stage", "eval", out=out)
-    weights = {name: co.load_model(run, name).state_dict()["h.0.mlp.c_fc.weight"] for name in ("coconut", "oracle", "base")}
-    assert not torch.equal(weights["coconut"], weights["oracle"]) and not torch.equal(weights["base"], weights["coconut"])
+    weights = {name: co.load_model(run, name).h[0].mlp.c_fc.weight for name in ("coconut", "oracle", "base")}
+    for one, other in itertools.combinations(weights.values(), 2):
+        assert not torch.equal(one, other)
 
     def which(model):
         adapted = model.h[0].mlp.c_fc.lora_scale > 0
@@ -945,7 +954,7 @@ def test_which_model_each_section_gets(tmp_path, monkeypatch):
         monkeypatch.setattr(co, name, spy)
     co.evaluate(run)
     assert sorted(seen) == sorted([
-        ("stage_scores", "coconut"), ("stage_scores", "coconut"), ("stage_scores", "oracle"), ("oracle_scores", "oracle"),
+        *[("stage_scores", "coconut")] * 2, ("stage_scores", "oracle"), ("oracle_scores", "oracle"),
         ("oracle_scores", "lora"), ("control_scores", "oracle"), ("causal_scores", "coconut", "oracle")])
 
 def test_everything_is_measured_in_the_precision_of_training(tmp_path, monkeypatch):
@@ -1098,7 +1107,7 @@ def test_released_weights_equal_transformers(tmp_path, model):
     assert written.tolist() == greedy[:, 20:].tolist()
 
 def test_whole_run_from_released_weights(tmp_path, monkeypatch):
-    """`--model gpt2 --weights DIR` trains, reads and measures with the real encoding; new tokens begin as known ones."""
+    """`--model gpt2 --weights DIR` trains, reads and measures with the real encoding; new tokens begin as known."""
     import transformers
 
     monkeypatch.setitem(co.SIZES, "gpt2", (2, 2, 32))
@@ -1107,7 +1116,8 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     r = short(tmp_path / "run", "--model", "gpt2", "--weights", str(tmp_path / "weights"), "--batch-size", "2")
     assert r["oracle"]["step"]["n"] and not (tmp_path / "run/base").exists()
     run = run_of("--stage", "eval", "--weights", tmp_path / "weights", out=tmp_path / "run")
-    assert run.text.size == 50261 and [run.text.enc.decode([i]) for i in run.text.ids("347 12")] == ["3", "4", "7", " 1", "2"]
+    assert run.text.size == 50261
+    assert [run.text.enc.decode([i]) for i in run.text.ids("347 12")] == ["3", "4", "7", " 1", "2"]
     wte = co.load_model(run, "base").wte.weight
     for row, like in zip(range(50257, 50261), co.SPECIAL.values()):
         assert torch.equal(wte[row], theirs.transformer.wte.weight[run.text.ids(like)[0]])

@@ -64,9 +64,11 @@ def train(folder, kind, seed, flags):
     print(f"{out.name} is done", flush=True)
 
 def figure(results, path):
-    """The number at a path of results.json, or None."""
+    """The number at a path of results.json, or None; also of a rate of no cases."""
     for name in path.split():
         results = results.get(name, {}) if isinstance(results, dict) else {}
+    if isinstance(results, dict) and not results.get("n", 0):
+        return None
     found = results.get("exact") if isinstance(results, dict) else results
     return 1000 * found if found is not None and path.endswith(" seconds") else found
 

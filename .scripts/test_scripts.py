@@ -279,7 +279,7 @@ def test_multiplication_with_a_step_given():
                 assert int(task.spell(worked)) == a * b + change * 10 ** (row + column)
 
 def test_hops_with_a_step_given():
-    """Each hop follows the problem's own map; after a given one the walk goes on from where that led, by the own map."""
+    """Each hop follows the problem's own map; after a given one the walk goes on from where that led, by that map."""
     task = module_of(str(HERE / ".tasks/hops.py")).Task((3, 4, 5, 6))
     assert task.work(("3702914856", 4, 3)) == [(4, 9), (9, 6), (6, 4)]
     assert task.work(("3702914856", 4, 3), {1: (0, 2)}) == [(4, 9), (0, 2), (2, 0)]
