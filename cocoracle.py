@@ -74,7 +74,15 @@ from gpt2_weights import WeightsError, read_safetensors, write_atomic, write_saf
 # --------------------------------------------------------------------------------------------------
 # 2. Configuration
 
-SIZES = {"tiny": (3, 3, 96), **gpt2_weights.SIZES}  # name: (layers, heads, width)
+class Size(NamedTuple):
+    layers: int
+    heads: int
+    width: int
+    positions: int = 1024
+
+# 0.4, 3 and 25 million parameters, from scratch alone; and GPT-2's, 124 million to 1.6 billion
+SIZES = {"tiny": Size(3, 3, 96, 256), "small": Size(6, 6, 192, 256), "medium": Size(8, 8, 512, 256)}
+SIZES |= {name: Size(*size) for name, size in gpt2_weights.SIZES.items()}
 
 class Kind(NamedTuple):
     """What thoughts are made of."""
@@ -99,14 +107,16 @@ class Rates(NamedTuple):
     muon: float
     decay: float
 
-# By phase. So much decay in the last stage leaves more in a plain thought to read (0.7 for 0.53).
+# By phase, for width 96: AdamW's rates go with 1 / width, Muon's are the same for all (its steps
+# are orthogonal). So much decay in the last stage leaves more in a plain thought to read (0.7 for
+# 0.53).
 FROM_SCRATCH = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
-                "last": Rates(3e-3, 0.01, 0.3), "probes": Rates(5e-3, 0.0, 0.01)}
+                "last": Rates(3e-3, 0.01, 0.3)}
 # Rates, steps and batch for released weights: from the field (Coconut), untried by us.
-FINE_TUNED = {**dict.fromkeys(("text", "mixed", "oracle", "lora", "last"), Rates(1e-4, 0.0, 0.01)),
-              "probes": FROM_SCRATCH["probes"]}
-LARGE = {"batch_size": 128, "train_text": 2000, "train_mixed": 500, "train_latent": 3000,
-         "train_oracle": 6000, "train_lora": 6000}
+FINE_TUNED = dict.fromkeys(("text", "mixed", "oracle", "lora", "last"), Rates(1e-4, 0.0, 0.01))
+RELEASED = {"batch_size": 128, "train_text": 2000, "train_mixed": 500, "train_latent": 3000,
+            "train_oracle": 6000, "train_lora": 6000}
+PROBE_RATES = Rates(5e-3, 0.0, 0.01)
 AGAIN = 0.15  # share of the last stage's steps that repeat stage 0: text on demand
 EXPLAIN = 0.3  # weight of the explaining loss
 REHEARSAL = 0.25  # share of a fine-tuned oracle's steps that repeat the coconut's own task too
@@ -123,11 +133,11 @@ def flag(default, help, choices=None, low=1):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob, with tiny's defaults (other sizes: see LARGE). The command line is made of it."""
+    """Every knob, with defaults (of released weights: see RELEASED). The command line is made of it."""
     stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
     model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))
-    init: str = flag("auto", "auto: scratch for tiny, else GPT-2's released weights",
+    init: str = flag("auto", "auto: GPT-2's released weights, if it is one of its sizes",
                      ("auto", "pretrained", "scratch"))
     weights: str = flag("", "folder with GPT-2's released files (else fetched, and cached)")
     out: str = flag("", "folder of the run (default runs/MODEL)")
@@ -161,20 +171,24 @@ class Config:
 
     @property
     def pretrained(self):
-        return self.init == "pretrained" or self.init == "auto" and self.model != "tiny"
+        return self.init == "pretrained" or self.init == "auto" and self.model in gpt2_weights.SIZES
+
+    @property
+    def size(self):
+        """Of the model; with --weights, as the config.json there says."""
+        return Size(*gpt2_weights.read_size(self.weights)) if self.weights else SIZES[self.model]
 
     @property
     def rates(self):
-        return FINE_TUNED if self.pretrained else FROM_SCRATCH
-
-    @property
-    def positions(self):
-        return 256 if self.model == "tiny" else 1024
+        if self.pretrained:
+            return FINE_TUNED
+        return {phase: rates._replace(adam=rates.adam * 96 / self.size.width)
+                for phase, rates in FROM_SCRATCH.items()}
 
     @property
     def layer(self):
         """The layer read. A reading is added one layer before, as in the seed."""
-        return math.ceil(self.read_layer * SIZES[self.model][0])
+        return math.ceil(self.read_layer * self.size.layers)
 
 class UserError(Exception):
     """A user's mistake: one line that says what to do; the exit code is 2."""
@@ -788,7 +802,7 @@ def consult(run, model, questions, vectors, said, last):
     number = {question: n for n, question in enumerate(dict.fromkeys(questions))}
     heads = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
     lengths = np.array([[len(head)] for head in heads])
-    begin = np.maximum(run.cfg.positions // 8 - lengths, 0)
+    begin = np.maximum(run.cfg.size.positions // 8 - lengths, 0)
     ids = pad(heads, run.text.eos, left=True)
     valid = np.arange(ids.shape[1]) >= ids.shape[1] - lengths
     ids, valid, begin, end = [put(x, said.device) for x in (ids, valid, begin, begin + lengths)]
@@ -887,8 +901,9 @@ def add_lora(model):
 
 def shapes_of(run, n_vocab=None):
     """Name -> shape of the whole state dict."""
-    layers, _, width = SIZES[run.cfg.model]
-    return gpt2_weights.gpt2_shapes(layers, width, n_vocab or run.text.size, run.cfg.positions)
+    size = run.cfg.size
+    n_vocab = n_vocab or run.text.size
+    return gpt2_weights.gpt2_shapes(size.layers, size.width, n_vocab, size.positions)
 
 def released(cfg, files=gpt2_weights.FILES):
     """The folder with GPT-2's released files. Raises WeightsError."""
@@ -906,10 +921,10 @@ def new_model(run, weights=None):
     """A model with the seed's random weights, or with these. With --compile the blocks are
     compiled in place, which leaves the state dict's names alone."""
     cfg = run.cfg
-    # Without memory for what is replaced, but tiny is spared the 1.4 s of imports of "meta".
-    with torch.device("meta" if weights and cfg.model != "tiny" else "cpu"):
+    # Without memory for what is replaced, but small ones are spared the 1.4 s of imports of "meta".
+    with torch.device("meta" if weights and cfg.size.width >= 768 else "cpu"):
         torch.manual_seed(cfg.seed)
-        model = GPT(run.text.size, *SIZES[cfg.model], cfg.positions, cfg.layer)
+        model = GPT(run.text.size, *cfg.size, cfg.layer)
     torch.manual_seed(cfg.seed)  # for adapters
     if weights:
         weights = {name: tensor.float() for name, tensor in weights.items()}
@@ -946,8 +961,8 @@ def save_model(run, name, model):
         gpt2_weights.save_adapter(out, adapter_of(model), LORA_RANK, 2 * LORA_RANK, base)
     else:
         special = {token: text.ids(token)[0] for token in RESERVED}
-        heads = SIZES[cfg.model][1]
-        gpt2_weights.save_model(out, model.state_dict(), heads, text.ranks, text.PATTERN, special)
+        gpt2_weights.save_model(out, model.state_dict(), cfg.size.heads, text.ranks, text.PATTERN,
+                                special)
 
 class Loss(NamedTuple):
     total: torch.Tensor  # what is trained on
@@ -1339,7 +1354,7 @@ PROBES = {"linear": 0, "mlp": 512}  # name: width of the hidden layer
 def new_probe(run, hidden):
     """Classifiers of all fields of a step, side by side."""
     torch.manual_seed(run.cfg.seed)
-    width = SIZES[run.cfg.model][2]
+    width = run.cfg.size.width
     body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
     head = nn.Linear(hidden or width, sum(run.task.FIELDS.values()))
     return nn.Sequential(*body, head).to(run.cfg.device)
@@ -1372,7 +1387,7 @@ def train_probes(run):
             loss, hits = field_hits(run, probe, pick(readings, rows, slots), steps)
             return Loss(loss, loss, hits.all(dim=1).float())
 
-        fit(run, f"{kind} probe", probe, run.cfg.train_probes, run.cfg.rates["probes"], loss_of)
+        fit(run, f"{kind} probe", probe, run.cfg.train_probes, PROBE_RATES, loss_of)
         weights |= {f"{kind}.{key}": tensor for key, tensor in probe.state_dict().items()}
     write_safetensors(run.out / "probes.safetensors", weights)
 
@@ -1856,7 +1871,7 @@ PARTS = {  # name: what does it, and the file whose presence says that it is don
     "oracle": (train_oracle, "oracle/model.safetensors"),
     "lora": (lambda run: train_oracle(run, "lora"), "lora/adapter_model.safetensors"),
     "eval": (evaluate, "report.html")}
-SESSION = ("stage", "out", "resume", "device", "dtype", "compile", "weights")  # not of the run
+SESSION = ("stage", "out", "resume", "device", "dtype", "compile")  # not of the run
 LATER = {"probes": ("train_probes",), "oracle": ("train_oracle",), "lora": ("train_lora",),
          "eval": ("eval_problems", "split")}  # what each part may change of the run in --out
 
@@ -1903,13 +1918,14 @@ def parse(argv):
     saved = {} if new else load_json(Path(out) / "config.json")
     for name, value in saved.items():
         saved[name] = value = tuple(value) if isinstance(value, list) else value
-        free = LATER.get(given.get("stage"), ())
+        free = ("weights", *LATER.get(given.get("stage"), ()))
         if name not in free and given.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")
-    tiny = {**saved, **given}.get("model", "tiny") == "tiny"
     try:
-        cfg = Config(**{**({} if tiny else LARGE), **saved, **given, "out": out})
+        cfg = Config(**{**saved, **given, "out": out})
+        if cfg.pretrained:
+            cfg = Config(**{**RELEASED, **saved, **given, "out": out})
     except TypeError as e:
         raise UserError(f"{out}/config.json is damaged ({e}): choose another --out") from None
     gpu = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
@@ -1932,8 +1948,9 @@ def check(cfg):
     needed = {"all": [], "coconut": [], "eval": parts[:-1], "ask": {"coconut", "oracle"} & {*parts}}
     missing = [part for part in needed.get(stage, ["coconut"]) if part not in done]
     for refused, why in (
-        (cfg.model == "tiny" and (cfg.pretrained or cfg.weights),
-         "--model tiny has no released weights: choose --model gpt2, or --init scratch"),
+        (cfg.model not in gpt2_weights.SIZES and (cfg.pretrained or cfg.weights),
+         f"--model {cfg.model} has no released weights: choose --model gpt2, or --init scratch"),
+        (cfg.weights and not cfg.pretrained, "--weights and --init scratch: choose one of the two"),
         (cfg.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: torch finds no GPU: use --device cpu"),
         (cfg.resume and not started,
@@ -1968,9 +1985,9 @@ def open_run(cfg):
     if cfg.pretrained:
         ranks = gpt2_weights.read_bpe(released(cfg, gpt2_weights.BPE_FILES))
     text = Text(task, cfg.digits, ranks)
-    if text.total > cfg.positions:
+    if text.total > cfg.size.positions:
         raise UserError(f"--digits {max(cfg.digits)}: a problem takes {text.total} tokens, "
-                        f"{cfg.model} has {cfg.positions} positions: choose smaller ones")
+                        f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")
     exchanges = "given" in inspect.signature(task.work).parameters
     return Run(cfg, task, text, Path(cfg.out), exchanges)
 

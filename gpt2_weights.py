@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -46,6 +47,16 @@ def gpt2_shapes(n_layer: int, C: int, n_vocab: int = 50257, n_ctx: int = 1024) -
         for name, shape in block.items():
             shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[-1:]}
     return shapes
+
+@functools.cache
+def read_size(directory) -> tuple[int, int, int, int]:
+    """n_layer, n_head, n_embd and n_positions of a directory's config.json. Raises WeightsError."""
+    with _one_line(path := Path(directory, "config.json"), CHOOSE):
+        config = json.loads(path.read_bytes())
+        size = tuple(config[name] for name in ("n_layer", "n_head", "n_embd", "n_positions"))
+        if any(type(n) is not int or n < 1 for n in size) or size[2] % size[1]:
+            raise ValueError(f"{size} layers, heads, width and positions")
+        return size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fetching

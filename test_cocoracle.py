@@ -1077,9 +1077,9 @@ def released(folder, sizes):
     """A folder as released: random weights saved by transformers, GPT-2's own encoding."""
     import transformers
 
-    layers, heads, width = sizes
     torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers, n_head=heads, n_embd=width))
+    config = transformers.GPT2Config(n_layer=sizes.layers, n_head=sizes.heads, n_embd=sizes.width)
+    theirs = transformers.GPT2LMHeadModel(config)
     for p in theirs.parameters():  # norms and biases that matter
         p.data += torch.randn_like(p) * 0.01
     theirs.transformer.save_pretrained(folder)
@@ -1110,13 +1110,12 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     """`--model gpt2 --weights DIR` trains, reads and measures with the real encoding; new tokens begin as known."""
     import transformers
 
-    monkeypatch.setitem(co.SIZES, "gpt2", (2, 2, 32))
     (tmp_path / "weights").mkdir()
-    theirs = released(tmp_path / "weights", (2, 2, 32))
+    theirs = released(tmp_path / "weights", co.Size(2, 4, 32))  # sizes are those of its config.json
     r = short(tmp_path / "run", "--model", "gpt2", "--weights", str(tmp_path / "weights"), "--batch-size", "2")
     assert r["oracle"]["step"]["n"] and not (tmp_path / "run/base").exists()
-    run = run_of("--stage", "eval", "--weights", tmp_path / "weights", out=tmp_path / "run")
-    assert run.text.size == 50261
+    run = run_of("--stage", "eval", out=tmp_path / "run")
+    assert run.text.size == 50261 and run.cfg.size == (2, 4, 32, 1024) and run.cfg.rates == co.FINE_TUNED
     assert [run.text.enc.decode([i]) for i in run.text.ids("347 12")] == ["3", "4", "7", " 1", "2"]
     wte = co.load_model(run, "base").wte.weight
     for row, like in zip(range(50257, 50261), co.SPECIAL.values()):
@@ -1125,12 +1124,13 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     for s in ("347 + 285 = 632, <bot>7+5<sep>", "It's 1234 naïve\n\n  x", run.text.held_out["step"]):
         assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "shapes", "encoding", "nowhere"])
-def test_wrong_released_files_are_refused(tmp_path, monkeypatch, capsys, damage):
+@pytest.mark.parametrize("damage", ["missing", "cut", "shapes", "heads", "encoding", "nowhere"])
+def test_wrong_released_files_are_refused(tmp_path, capsys, damage):
     """A missing or wrong file of --weights is one line, and nothing is written."""
     folder = tmp_path / "weights"
     folder.mkdir()
-    monkeypatch.setitem(co.SIZES, "gpt2", (1, 2, 8))
+    config = {"n_layer": 1, "n_head": 3 if damage == "heads" else 2, "n_embd": 8, "n_positions": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
     shapes = gw.gpt2_shapes(2 if damage == "shapes" else 1, 8)
     gw.write_safetensors(folder / "model.safetensors", {name: torch.zeros(s) for name, s in shapes.items()})
     shutil.copy(BPE / "vocab.bpe", folder / "merges.txt")

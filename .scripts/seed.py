@@ -153,7 +153,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not 50 <= args.problems <= 2000:  # with 50, no list that draw() makes is of one problem
         raise co.UserError("--problems takes an integer from 50 to 2000")
-    if co.SIZES[args.model][0] < READ:
+    if co.SIZES[args.model].layers < READ:
         raise co.UserError(f"--model {args.model} has no layer {READ}: choose gpt2-large")
     if list(Path(args.out).glob("*.json")):
         raise co.UserError(f"{args.out} has a run already: choose another --out")
@@ -162,13 +162,13 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = co.Config(model=args.model, weights=args.weights, device=device, dtype="float32",
-                    compile=False, thoughts="plain",
-                    read_layer=(READ - 0.5) / co.SIZES[args.model][0])  # rounded up
-    task = Sums(cfg.digits)
-    ranks = co.gpt2_weights.read_bpe(co.released(cfg, co.gpt2_weights.BPE_FILES))
+    cfg = co.Config(model=args.model, device=device, dtype="float32", compile=False,
+                    thoughts="plain",
+                    read_layer=(READ - 0.5) / co.SIZES[args.model].layers)  # rounded up
+    task, weights = Sums(cfg.digits), co.gpt2_weights
+    ranks = weights.read_bpe(args.weights or weights.fetch(args.model, weights.BPE_FILES))
     run = co.Run(cfg, task, Text(task, cfg.digits, ranks), Path(args.out), exchanges=False)
-    files = [co.gpt2_weights.read_pickle(path, co.shapes_of(run)) for path in args.checkpoints]
+    files = [weights.read_pickle(path, co.shapes_of(run)) for path in args.checkpoints]
     coconut, oracle = [co.new_model(run, weights) for weights in files]
     run.out.mkdir(parents=True, exist_ok=True)
     tests = [think(run, coconut, problems) for problems in draw(task, args.problems)]

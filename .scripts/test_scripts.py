@@ -67,7 +67,7 @@ class PlainSeed:
 @pytest.fixture
 def seed(tmp_path, monkeypatch):
     """-> the script as a module, its arguments, the seed's own way with the same checkpoints of 20 narrow layers."""
-    monkeypatch.setitem(co.SIZES, "gpt2-large", (20, 2, 16))
+    monkeypatch.setitem(co.SIZES, "gpt2-large", co.Size(20, 2, 16))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for ours, theirs in (("merges.txt", "vocab.bpe"), ("vocab.json", "encoder.json")):
         (tmp_path / ours).symlink_to(BPE / theirs)
@@ -134,7 +134,7 @@ def test_seed_script_tells_mistakes_in_one_line(seed, capsys):
     assert done.returncode == 2 and re.fullmatch(r"error: nowhere\.pt.*\n", done.stderr) and not Path(args[-1]).exists()
 
 TASK = str(HERE / ".tasks/coconut_json.py")
-NARROW = {"tiny": (2, 2, 32), "gpt2": (2, 2, 32)}
+NARROW = {"tiny": co.Size(2, 2, 32, 256), "gpt2": co.Size(2, 2, 32)}
 
 def module_of(path):
     spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
@@ -144,7 +144,7 @@ def module_of(path):
 def test_bench_measures_what_is_run(monkeypatch, tmp_path, capsys):
     """Bench writes nothing, tells five kinds of step, and counts FLOPs as 6 a weight and token."""
     bench = module_of(".scripts/bench.py")
-    monkeypatch.setitem(co.SIZES, "tiny", (2, 2, 96))
+    monkeypatch.setitem(co.SIZES, "tiny", co.Size(2, 2, 96, 256))
     bench.BUDGET, bench.SIDE["cpu"] = 0.0, 256
     (tmp_path / "config.json").touch()  # of a run, that bench leaves alone
     bench.main(["--digits", "2", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path)])
