@@ -53,6 +53,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -345,7 +346,7 @@ class Text:
     # openai/gpt-2 encoder.py, with ` ?\p{N}` in place of ` ?\p{N}+`
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-    def __init__(self, task, sizes, ranks=None):
+    def __init__(self, task, ranks=None):
         self.trained, self.held_out = {}, {}  # family: wordings in training, the one of tests
         families = NOUNS | {field: (f"the value of {field}", field) for field in task.FIELDS}
         for family, nouns in families.items():
@@ -359,15 +360,7 @@ class Text:
         self.eos, self.bot, self.sep, self.eot, self.act = special.values()
         self.size = self.enc.n_vocab
         self.ids = lru_cache(maxsize=4096)(self.tokenize)
-        # tokens of the longest problem, step or answer, where greedy writing gives up, and of all
-        self.longest = self.total = 0
-        for size in sizes:
-            for problem in task.draw(rng_of(0, "longest", size), TRAIN, size, 300):
-                steps = task.work(problem)
-                written = [task.text(problem), task.spell(steps), *map(task.say, steps)]
-                lengths = [len(self.ids(words)) for words in written]
-                self.longest = max(self.longest, *lengths)
-                self.total = max(self.total, sum(lengths) + len(lengths))
+        self.longest = 0  # tokens of a problem, step or answer: see try_out()
 
     def own_ranks(self, task):
         questions = sum(self.trained.values(), [])
@@ -389,6 +382,51 @@ class Text:
                 break
             kept.append(token)
         return self.enc.decode(kept)
+
+def token_ids(task, text, problem, like, exchanges):
+    """Ids of a problem, its answer and its steps, for try_out(). `like`: the steps of another one
+    of its size. Raises UserError where a method of the task does not do what it should."""
+    steps = task.work(problem)
+    given = task.work(problem, {0: like[0]}) if exchanges else like
+    written = [task.text(problem), task.spell(steps), *map(task.say, steps)]
+    ids = [text.ids(words) for words in written]
+    again = [text.enc.decode(part) for part in ids if max(part, default=0) < text.eos]
+    names = [[*task.fields(step)] for step in steps if task.fields(step) is not None]
+    for kept, rule in (
+        (len(steps) == len(like), f"work: {len(steps)} steps, of others of its size {len(like)}"),
+        (given[0] == like[0], "work: a given step must be taken as it stands"),
+        (again == written, "text, say and spell: plain text, no special tokens"),
+        (all(each == [*task.FIELDS] for each in names), "fields: None, or values of all FIELDS"),
+        (not all(map(task.never_read, steps)), "never_read: it must leave a step to be read")):
+        if not kept:
+            raise UserError(f"the task's {rule}: problem {problem!r:.80}")
+    return ids
+
+def try_out(task, text, sizes, exchanges):
+    """Work some problems of each size, so that a mistake in a task of your own costs one line, and
+    no training -> tokens of the longest problem, step or answer, where greedy writing gives up, and
+    of the longest whole. Raises UserError with the method and the problem."""
+    longest = total = 0
+    for size in sizes:
+        problem, like = f"of size {size}", None
+        try:
+            drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
+            if not drawn or not task.draw(rng_of(0, "held out"), TEST, size, 4):
+                raise UserError(f"the task's draw: no problem of size {size}, or none held out")
+            for problem in drawn:
+                if task.size(problem) != size:
+                    raise UserError(f"the task's size: not {size}: problem {problem!r:.80}")
+                like = like or task.work(problem)
+                lengths = [len(ids) for ids in token_ids(task, text, problem, like, exchanges)]
+                longest = max(longest, *lengths)
+                total = max(total, sum(lengths) + len(lengths))
+        except UserError:
+            raise
+        except Exception as e:  # somebody's code raises anything
+            method = traceback.extract_tb(e.__traceback__)[-1].name
+            raise UserError(f"the task's {method}: {type(e).__name__}: {e!s:.200}: problem "
+                            f"{problem!r:.80}") from None
+    return longest, total
 
 class Run(NamedTuple):
     """What everything needs. Weights and figures live in the folder."""
@@ -1972,11 +2010,16 @@ def load_task(cfg):
         spec = importlib.util.spec_from_file_location("task", cfg.task)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.Task(cfg.digits)
+        task = module.Task(cfg.digits)
     except UserError:
         raise
     except Exception as e:  # somebody's code raises anything
         raise UserError(f"--task {cfg.task}: {type(e).__name__}: {e}") from None
+    for name in ("FIELDS", "words", "draw", "size", "text", "work", "say", "spell", "fields",
+                 "never_read", "looser", "typed"):
+        if not hasattr(task, name):
+            raise UserError(f"--task {cfg.task}: class Task has no {name}, see Sums")
+    return task
 
 def open_run(cfg):
     """The run's task and vocabulary -> Run. Nothing is written. Raises UserError."""
@@ -1984,11 +2027,12 @@ def open_run(cfg):
     task, ranks = load_task(cfg), None
     if cfg.pretrained:
         ranks = gpt2_weights.read_bpe(released(cfg, gpt2_weights.BPE_FILES))
-    text = Text(task, cfg.digits, ranks)
-    if text.total > cfg.size.positions:
-        raise UserError(f"--digits {max(cfg.digits)}: a problem takes {text.total} tokens, "
-                        f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")
+    text = Text(task, ranks)
     exchanges = "given" in inspect.signature(task.work).parameters
+    text.longest, total = try_out(task, text, cfg.digits, exchanges)
+    if total > cfg.size.positions:
+        raise UserError(f"--digits {max(cfg.digits)}: a problem takes {total} tokens, "
+                        f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")
     return Run(cfg, task, text, Path(cfg.out), exchanges)
 
 def make_folder(run):

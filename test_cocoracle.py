@@ -1034,40 +1034,6 @@ def test_interrupted(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.strip().count("\n") == 0 and "--resume" in err
 
-COUNT_DOWN = '''
-class Task:
-    """Count down from a digit: each step is one less."""
-    FIELDS, words = {"left": 10}, "left"
-    def __init__(self, sizes): pass
-    def draw(self, rng, split, size, n): return [int(x) for x in rng.integers(size, 10, n)]
-    def size(self, problem): return 3
-    def text(self, problem): return f"{problem}>"
-    def work(self, problem, given={}):
-        steps = []
-        for slot in range(3):
-            left = (steps[-1] if steps else problem) - 1
-            steps.append(given.get(slot, max(left, 0)))
-        return steps
-    def say(self, step): return f"left {step}"
-    def spell(self, steps): return str(steps[-1])
-    def fields(self, step): return {"left": step}
-    def never_read(self, step): return False
-    def looser(self, said): return {}
-    def typed(self, line): return int(line) if line.isdigit() and 3 <= int(line) < 10 else None
-'''
-
-def test_a_task_of_ones_own(tmp_path):
-    """--task FILE.py runs whole, probes, exchanges and ask included; a mistake in it is one line and exit 2."""
-    (tmp_path / "down.py").write_text(COUNT_DOWN)
-    r = short(tmp_path / "run", "--task", str(tmp_path / "down.py"), "--digits", "3")
-    assert set(r["probes"]["linear"]) == {"left", "step"} and r["causal"]["iia"]["n"] == 24
-    told, err, code = asked(tmp_path / "run", "7", "swap 1 4")
-    assert code == 0 and "left 6" in told and "<- of 4>" in told
-    (tmp_path / "broken.py").write_text("class Task:\n    def __init__(self, sizes): 1 / 0")
-    done = cli("--task", tmp_path / "broken.py", "--out", tmp_path / "no")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ZeroDivisionError" in done.stderr
-    assert not (tmp_path / "no").exists()
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Released weights
 

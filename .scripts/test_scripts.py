@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cocoracle as co
-from test_cocoracle import BPE, HERE, SHORT, cli
+from test_cocoracle import BPE, HERE, SHORT, asked, cli, short
 
 SEED = Path(co.__file__).parent / ".scripts" / "seed.py"
 
@@ -287,3 +287,51 @@ def test_hops_with_a_step_given():
     assert sum(task.never_read((a, b)) for a in range(10) for b in range(10)) == 10
     drawn = {split: set(task.draw(co.rng_of(split), split, 3, 300)) for split in (co.TRAIN, co.VALIDATION, co.TEST)}
     assert not drawn[co.TRAIN] & drawn[co.TEST] and len(drawn[co.TEST]) == 300
+
+COUNT_DOWN = '''
+class Task:
+    """Count down from a digit: each step is one less."""
+    FIELDS, words = {"left": 10}, "left"
+    def __init__(self, sizes): pass
+    def draw(self, rng, split, size, n): return [int(x) for x in rng.integers(size, 10, n)]
+    def size(self, problem): return 3
+    def text(self, problem): return f"{problem}>"
+    def work(self, problem, given={}):
+        steps = []
+        for slot in range(3):
+            left = (steps[-1] if steps else problem) - 1
+            steps.append(given.get(slot, max(left, 0)))
+        return steps
+    def say(self, step): return f"left {step}"
+    def spell(self, steps): return str(steps[-1])
+    def fields(self, step): return {"left": step}
+    def never_read(self, step): return False
+    def looser(self, said): return {}
+    def typed(self, line): return int(line) if line.isdigit() and 3 <= int(line) < 10 else None
+'''
+
+def test_a_task_of_ones_own(tmp_path):
+    """--task FILE.py runs whole, probes, exchanges and ask included; a mistake in it is one line and exit 2."""
+    (tmp_path / "down.py").write_text(COUNT_DOWN)
+    r = short(tmp_path / "run", "--task", str(tmp_path / "down.py"), "--digits", "3")
+    assert set(r["probes"]["linear"]) == {"left", "step"} and r["causal"]["iia"]["n"] == 24
+    told, err, code = asked(tmp_path / "run", "7", "swap 1 4")
+    assert code == 0 and "left 6" in told and "<- of 4>" in told
+
+@pytest.mark.parametrize("good, bad, says", [
+    ("__init__(self, sizes): pass", "__init__(self, sizes): 1 / 0", "ZeroDivisionError"),
+    ("def spell", "def spelt", "has no spell"), ("return str(steps", "return str(step", "spell: NameError.* problem 8"),
+    ("for slot in range(3)", "for slot in range(problem)", "work: 9 steps, of others of its size 8: problem 9"),
+    ("given.get(slot, max(left, 0))", "max(left, 0)", "work: a given step .*problem 9"),
+    ("f\"left", "f\"<sep>left", "say .* special tokens: problem 8"), ("str(steps[-1])", "steps[-1]", "TypeError"),
+    ("str(steps[-1])", "\"\\ud800\"", "spell: plain text"), ("{\"left\": step}", "{}", "fields: .*problem 8"),
+    ("return False", "return True", "never_read: .*problem 8"), ("n)]", "n if split else 0)]", "draw: .*size 3"),
+    ("size(self, problem): return 3", "size(self, problem): return 4", "size: not 3: problem 8")])
+def test_a_mistake_in_a_task(tmp_path, capsys, good, bad, says):
+    """It is one line that names the method and the problem, exit 2, and nothing is written."""
+    assert COUNT_DOWN.count(good) == 1
+    (tmp_path / "broken.py").write_text(COUNT_DOWN.replace(good, bad))
+    args = ["--task", str(tmp_path / "broken.py"), "--digits", "3", "--out", str(tmp_path / "no")]
+    assert co.command_line([*args, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(says, err) and not (tmp_path / "no").exists()
