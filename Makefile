@@ -15,7 +15,7 @@ parity: .venv/test.ok
 
 # Ten kills at random moments for each of two kinds of thoughts: 10 minutes.
 torture: .venv/test.ok
-	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py .scripts -k "killed_at or altered or mutated or compiled or every_kind"
+	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py .scripts -k "killed_at or altered or mutated or compiled or every_kind or device"
 
 # All kinds of thoughts over seeds, trained alike: hours. The same again goes on where it was stopped.
 # `make compare SEEDS=2 JOBS=2 ARGS="--digits 2,3" KINDS="plain faithful"`
