@@ -1816,6 +1816,55 @@ def page(run, results):
         first, f"<pre>{html.escape(tables(results))}</pre>", *curves, *others,
         f"<h2>The run</h2><p>{html.escape(about)}</p></html>\n"])
 
+MODELS = {"base": "after stage 0: it writes its steps as text", "coconut": "the model that thinks",
+          "oracle": "the coconut, fine-tuned to read the thoughts of its former self",
+          "lora": "an adapter of base, trained to read the coconut's thoughts"}
+CARD = """# {name}: {role}
+
+Of a run of cocoracle.py: `{config}`.
+
+A prompt is `{problem}<bot>`; then come the steps as text, each ended by `<sep>`, or thoughts; then
+`<eot>` and the answer. The model that thinks, in plain transformers:
+
+```python
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel
+tokenizer = AutoTokenizer.from_pretrained("coconut")
+model = GPT2LMHeadModel.from_pretrained("coconut").eval()
+ids = tokenizer("{problem}<bot>", return_tensors="pt").input_ids
+out = model.transformer(ids)
+for slot in range({count}):  # {fed}
+    x = {x}
+    out = model.transformer(inputs_embeds=x, past_key_values=out.past_key_values)
+seen, answer = [{seen}] * ids.shape[1] + [1] * {count}, tokenizer("<eot>").input_ids
+while answer[-1] != model.config.eos_token_id and len(answer) < 100:
+    seen.append(1)
+    out = model.transformer(torch.tensor([answer[-1:]]), past_key_values=out.past_key_values,
+                            attention_mask=torch.tensor([seen]))
+    answer.append(model.lm_head(out.last_hidden_state[0, -1]).argmax().item())
+print(tokenizer.decode(answer[1:-1]))  # {answer}
+```
+
+{told}
+
+```{tables}
+```
+"""
+
+def write_cards(run, results):
+    """A model card, README.md, in the folder of each model."""
+    view, kind = results["examples"][0], run.cfg.kind
+    own = "out.last_hidden_state[:, -1:]"
+    filled = {
+        "config": json.dumps(results["config"]), "problem": view["problem"], "answer": view["answer"],
+        "count": len(view["said"]), "told": headline(results), "tables": tables(results),
+        "fed": "a thought is fed " + ("<bot>" if kind.pause else "the last hidden state"),
+        "x": "model.transformer.wte(ids[:, -1:])" if kind.pause else own,
+        "seen": int(not kind.bottleneck)}
+    for name, role in MODELS.items():
+        if (run.out / name).exists():
+            write_atomic(run.out / name / "README.md", CARD.format(name=name, role=role, **filled))
+
 # --------------------------------------------------------------------------------------------------
 # 13. Ask: type a problem and watch it think
 
@@ -2069,6 +2118,7 @@ def main(argv=None):
             seconds["total"] = sum(seconds[name] for name in PARTS if name in seconds)
             results = record(run, seconds=seconds)
     if part == "eval":
+        write_cards(run, results)
         write_atomic(run.out / "report.html", page(run, results))
         print(f"{tables(results)}\n\n{headline(results)}\n{results['seconds']['total']:.0f} s in "
               f"all on {results['env']['device']}. Next:\n  open {run.out / 'report.html'}")

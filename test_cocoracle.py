@@ -914,6 +914,17 @@ def test_from_pretrained_loads_what_is_saved(mini):
     for s in (*mixed, *run.text.held_out.values()):
         assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
 
+def test_the_model_card_thinks(mini, capsys, monkeypatch):
+    """The Python of coconut's README.md, plain transformers, gives the answer that it says, and other problems' too."""
+    out, r, _ = mini
+    monkeypatch.chdir(out)
+    card = Path("coconut/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert co.headline(r) in card and co.tables(r) in card and Path("lora/README.md").read_text().startswith("# lora")
+    for view in r["examples"][:5]:
+        exec(code.replace(r["examples"][0]["problem"], view["problem"]), {})
+        assert capsys.readouterr().out.strip() == view["answer"]
+
 @pytest.mark.parametrize("kind", ["none", "plain", *(pytest.param(kind, marks=TORTURE) for kind in (
     "pause", "bottleneck", "explained"))])
 def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
