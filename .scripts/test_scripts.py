@@ -306,7 +306,6 @@ class Task:
     def spell(self, steps): return str(steps[-1])
     def fields(self, step): return {"left": step}
     def never_read(self, step): return False
-    def looser(self, said): return {}
     def typed(self, line): return int(line) if line.isdigit() and 3 <= int(line) < 10 else None
 '''
 

@@ -1,15 +1,14 @@
 """Pointer chasing: a random map of ten symbols, a start, and as many hops as --digits says.
     python cocoracle.py --task .tasks/hops.py --digits 3-6
-`3702914856,4,3=`: 0 leads to 3, 1 to 7, ...; from 4, three hops: `4>9`, `9>6`, `6>4`, so 4. Where
-a step is given, the walk goes on from there, by its own map."""
+In `3702914856,4,3=`, 0 leads to 3, 1 to 7, ...; three hops from 4 are `4>9`, `9>6`, `6>4`."""
 
 import re
 
 import cocoracle as co
 
 class Task:
-    FIELDS = {"from": 10, "to": 10}
-    words = "from to"
+    FIELDS = {"from": 10, "to": 10}  # of a step, for probes and questions
+    words = "from to"  # for the vocabulary
 
     def __init__(self, sizes):
         if max(sizes) > 60:
@@ -30,6 +29,7 @@ class Task:
         return "{},{},{}=".format(*problem)
 
     def work(self, problem, given={}):
+        """A step is (from, to). After a given one the walk goes on from there, by its own map."""
         links, at, size = problem
         steps = []
         for slot in range(size):
@@ -44,13 +44,10 @@ class Task:
         return str(steps[-1][1])
 
     def fields(self, step):
-        return {"from": step[0], "to": step[1]}
+        return dict(zip(self.FIELDS, step))
 
     def never_read(self, step):
         return (step[0] + 3 * step[1]) % 10 == 7  # 10 of 100
-
-    def looser(self, said):
-        return {"result": said.partition(">")[2]}
 
     def typed(self, line):
         found = re.fullmatch(r"(\d{10}),(\d),(\d{1,2})", line, re.ASCII)
