@@ -29,6 +29,10 @@ compare: .venv/run.ok
 bench: .venv/run.ok
 	$(BIN)/python .scripts/bench.py $(ARGS)
 
+# Memory of a step from released weights, worked out on a CPU: `make memory ARGS="--model gpt2-large --batch-size 32"`
+memory: .venv/run.ok
+	$(BIN)/python .scripts/memory.py $(ARGS)
+
 # The published checkpoints of syvb/cocoracle by their own protocol.
 seed: .venv/run.ok
 	$(BIN)/python .scripts/seed.py $(COCONUT) $(ORACLE) $(ARGS)
@@ -69,4 +73,4 @@ clean:
 
 export KINDS ?= faithful explained plain bottleneck pause none random
 
-.PHONY: run test parity torture compare bench seed gpu shape coverage fresh clean
+.PHONY: run test parity torture compare bench memory seed gpu shape coverage fresh clean

@@ -1,5 +1,6 @@
 """Tests of the scripts and tasks beside cocoracle.py: the seed's checkpoints, the comparison, speed, the GPU, tasks."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import cocoracle as co
-from test_cocoracle import BPE, HERE, SHORT, asked, cli, short
+from test_cocoracle import BPE, HERE, SHORT, asked, cli, run_of, short
 
 SEED = Path(co.__file__).parent / ".scripts" / "seed.py"
 
@@ -170,6 +171,15 @@ def test_the_gpu_script_compares_what_it_says(monkeypatch, tmp_path, capsys):
     for name, check in checks.items():
         low, far = 0 if name.startswith("tiny") else 1e-5, check["far"]
         assert check["ok"] and low <= far["losses"] < 1e-2 and low <= far["gradient"] < 0.1, name
+
+def test_memory_worked_out_is_that_of_real_tensors(monkeypatch):
+    """Fake tensors keep as many bytes as real ones."""
+    memory, run = module_of(".scripts/memory.py"), run_of("--digits", "2", "--batch-size", "2", "--dtype", "bfloat16")
+    monkeypatch.setattr(co, "SIZES", NARROW)
+    monkeypatch.setattr(memory, "N_VOCAB", run.text.size)
+    fake = memory.memory(run)
+    monkeypatch.setattr(memory, "FakeTensorMode", lambda **how: contextlib.nullcontext())
+    assert memory.memory(run) == fake and fake["in all"] > 4 * fake["weights"] > 16 * run.text.size * 32
 
 def failed(folder):
     return [name for name, check in co.load_json(folder / "checks.json").items() if not check["ok"]]
