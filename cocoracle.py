@@ -231,6 +231,9 @@ class Defaults:
     """What a task of your own (--task) may leave out. The rest is as in Sums."""
     FIELDS, words = {}, ""
 
+    def __init__(self, sizes):
+        pass
+
     def fields(self, step):
         return {}
 
@@ -412,8 +415,7 @@ def token_ids(task, text, problem, like, exchanges):
         (len(steps) == len(like), f"work: {len(steps)} steps, of others of its size {len(like)}"),
         (given[0] == like[0], "work: a given step must be taken as it stands"),
         (again == written, "text, say and spell: plain text, no special tokens"),
-        (all(each == [*task.FIELDS] for each in names), "fields: None, or values of all FIELDS"),
-        (not all(map(task.never_read, steps)), "never_read: it must leave a step to be read")):
+        (all(each == [*task.FIELDS] for each in names), "fields: None, or values of all FIELDS")):
         if not kept:
             raise UserError(f"the task's {rule}: problem {problem!r:.80}")
     return ids
@@ -424,7 +426,7 @@ def try_out(task, text, sizes, exchanges):
     of the longest whole. Raises UserError with the method and the problem."""
     longest = total = 0
     for size in sizes:
-        problem, like = f"of size {size}", None
+        problem, like, left = f"of size {size}", None, 0
         try:
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             if not drawn or not task.draw(rng_of(0, "held out"), TEST, size, 4):
@@ -433,9 +435,12 @@ def try_out(task, text, sizes, exchanges):
                 if task.size(problem) != size:
                     raise UserError(f"the task's size: not {size}: problem {problem!r:.80}")
                 like = like or task.work(problem)
+                left += not all(map(task.never_read, task.work(problem)))
                 lengths = [len(ids) for ids in token_ids(task, text, problem, like, exchanges)]
                 longest = max(longest, *lengths)
                 total = max(total, sum(lengths) + len(lengths))
+            if not left:
+                raise UserError(f"the task's never_read: leaves nothing to read in size {size}")
         except UserError:
             raise
         except Exception as e:  # somebody's code raises anything

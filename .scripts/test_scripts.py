@@ -290,7 +290,7 @@ def test_multiplication_with_a_step_given():
 
 def test_hops_with_a_step_given():
     """Each hop follows the problem's own map; after a given one the walk goes on from where that led, by that map."""
-    task = module_of(str(HERE / ".tasks/hops.py")).Task((3, 4, 5, 6))
+    task = module_of(str(HERE / ".tasks/hops.py")).Task()
     assert task.work(("3702914856", 4, 3)) == [(4, 9), (9, 6), (6, 4)]
     assert task.work(("3702914856", 4, 3), {1: (0, 2)}) == [(4, 9), (0, 2), (2, 0)]
     assert task.typed("3702914856,4,3") == ("3702914856", 4, 3) and task.typed("370291485,4,3") is None
@@ -334,7 +334,7 @@ def test_a_task_of_ones_own(tmp_path):
     ("given.get(slot, max(left, 0))", "max(left, 0)", "work: a given step .*problem 9"),
     ("f\"left", "f\"<sep>left", "say .* special tokens: problem 8"), ("str(steps[-1])", "steps[-1]", "TypeError"),
     ("str(steps[-1])", "\"\\ud800\"", "spell: plain text"), ("{\"left\": step}", "{}", "fields: .*problem 8"),
-    ("return False", "return True", "never_read: .*problem 8"), ("n)]", "n if split else 0)]", "draw: .*size 3"),
+    ("return False", "return True", "never_read: .*size 3"), ("n)]", "n if split else 0)]", "draw: .*size 3"),
     ("size(self, problem): return 3", "size(self, problem): return 4", "size: not 3: problem 8")])
 def test_a_mistake_in_a_task(tmp_path, capsys, good, bad, says):
     """It is one line that names the method and the problem, exit 2, and nothing is written."""

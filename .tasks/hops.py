@@ -7,12 +7,7 @@ import re
 import cocoracle as co
 
 class Task:
-    FIELDS = {"from": 10, "to": 10}  # of a step, for probes and questions
-    words = "from to"  # for the vocabulary
-
-    def __init__(self, sizes):
-        if max(sizes) > 60:
-            raise co.UserError("--digits takes 1 to 60 hops, as `3-6`")
+    FIELDS = {"from": 10, "to": 10}  # of a step: probes and questions are about them
 
     def draw(self, rng, split, size, n):
         problems = []
