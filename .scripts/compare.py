@@ -96,7 +96,8 @@ def markdown(table):
             numbers, digits = table[kind].get(column), 3
             if column.split()[-1] in ("s", "ms", "tokens", "thoughts"):
                 digits = 0 if column.endswith(" s") else 1
-            cells.append("{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*numbers, d=digits) if numbers else "-")
+            form = "{:.{d}f}" if len(table[kind]["seeds"]) == 1 else "{:.{d}f} ({:.{d}f} to {:.{d}f})"
+            cells.append(form.format(*numbers, d=digits) if numbers else "-")
         lines.append(f"| {column} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

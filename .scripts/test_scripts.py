@@ -293,7 +293,6 @@ def test_hops_with_a_step_given():
     task = module_of(str(HERE / ".tasks/hops.py")).Task()
     assert task.work(("3702914856", 4, 3)) == [(4, 9), (9, 6), (6, 4)]
     assert task.work(("3702914856", 4, 3), {1: (0, 2)}) == [(4, 9), (0, 2), (2, 0)]
-    assert task.typed("3702914856,4,3") == ("3702914856", 4, 3) and task.typed("370291485,4,3") is None
     assert sum(task.never_read((a, b)) for a in range(10) for b in range(10)) == 10
     drawn = {split: set(task.draw(co.rng_of(split), split, 3, 300)) for split in (co.TRAIN, co.VALIDATION, co.TEST)}
     assert not drawn[co.TRAIN] & drawn[co.TEST] and len(drawn[co.TEST]) == 300

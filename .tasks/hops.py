@@ -2,8 +2,6 @@
     python cocoracle.py --task .tasks/hops.py --digits 3-6
 In `3702914856,4,3=`, 0 leads to 3, 1 to 7, ...; three hops from 4 are `4>9`, `9>6`, `6>4`."""
 
-import re
-
 import cocoracle as co
 
 class Task:
@@ -43,7 +41,3 @@ class Task:
 
     def never_read(self, step):
         return (step[0] + 3 * step[1]) % 10 == 7  # 10 of 100
-
-    def typed(self, line):
-        found = re.fullmatch(r"(\d{10}),(\d),(\d{1,2})", line, re.ASCII)
-        return (found[1], int(found[2]), int(found[3])) if found else None
