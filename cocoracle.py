@@ -187,6 +187,13 @@ class Config:
                 for phase, rates in FROM_SCRATCH.items()}
 
     @property
+    def knobs(self):
+        """What config.json and results.json hold: all but how this process was started."""
+        session = ("stage", "out", "resume", "device", "dtype", "compile")
+        knobs = dataclasses.asdict(self)
+        return {name: value for name, value in knobs.items() if name not in session}
+
+    @property
     def layer(self):
         """The layer read. A reading is added one layer before, as in the seed."""
         return math.ceil(self.read_layer * self.size.layers)
@@ -198,6 +205,7 @@ class UserError(Exception):
 # 3. The problem: 347+285, its steps, its counterfactual, its tokens, the split
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
+SPLITS = {"validation": VALIDATION, "test": TEST}
 
 class Step(NamedTuple):
     """One column of a sum. The final carry is a step, too: (None, None, carry, carry, 0)."""
@@ -420,17 +428,19 @@ def token_ids(task, text, problem, like, exchanges):
             raise UserError(f"the task's {rule}: problem {problem!r:.80}")
     return ids
 
-def try_out(task, text, sizes, exchanges):
+def try_out(task, text, cfg, exchanges):
     """Work some problems of each size, so that a mistake in a task of your own costs one line, and
     no training -> tokens of the longest problem, step or answer, where greedy writing gives up, and
     of the longest whole. Raises UserError with the method and the problem."""
     longest = total = 0
-    for size in sizes:
+    for size in cfg.digits:
         problem, like, left = f"of size {size}", None, 0
         try:
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
-            if not drawn or not task.draw(rng_of(0, "held out"), TEST, size, 4):
-                raise UserError(f"the task's draw: no problem of size {size}, or none held out")
+            tests = task.draw(rng_of(0, "held out"), SPLITS[cfg.split], size, 4)
+            if not drawn or len(tests) < 4:  # exchanges need three other problems
+                raise UserError(f"the task's draw: of size {size}, {len(drawn)} problems to train "
+                                f"on and {len(tests)} of 4 for {cfg.split}")
             for problem in drawn:
                 if task.size(problem) != size:
                     raise UserError(f"the task's size: not {size}: problem {problem!r:.80}")
@@ -456,6 +466,7 @@ class Run(NamedTuple):
     text: Text
     out: Path
     exchanges: bool  # whether the task can be worked with a step given
+    start: float = 0.0  # when the part that runs began: time.time(), less the time before --resume
 
 class Batch(NamedTuple):
     """Problems of one size. `*_target[t]` is the token that position t must predict, or IGNORE."""
@@ -631,18 +642,19 @@ class GPT(nn.Module):
         last = last or T
         x = x + self.wpe(self.places(x, pos, valid))
         mask = attention_mask(x, past, valid, last)
-        kv, streams, wanted = [], [], T
+        kv, stream, wanted = [], None, T
         for layer, block in enumerate(self.h):
             if inject and inject.layer == layer:
                 x = inject.into(x)
-            streams.append(x)
+            if layer == self.read:
+                stream = x
             if layer == len(self.h) - 1 and last < T:
                 # The last block is spared what nobody reads (tiny's oracle step: 71 -> 57 ms).
                 wanted, mask = last, None if mask is None else mask[:, :, T - last:]
             x, new = block(x, [segment.kv[layer] for segment in past], mask, wanted)
             kv.append(new)
-        streams.append(x)
-        return self.ln_f(x), Segment(tuple(kv), valid), streams[self.read]
+        stream = x if self.read == len(self.h) else stream
+        return self.ln_f(x), Segment(tuple(kv), valid), stream
 
     def places(self, x, pos, valid):
         """Positions of x, counting real tokens only -> (B|1, T)."""
@@ -904,6 +916,10 @@ def ask(run, oracle, readings, question=None):
         answers += [run.text.show(row) for row in ids.tolist()]
     return answers[:n]
 
+def families_of(run, whole=True):
+    """Families of questions, the step's first; perhaps without those about the whole problem."""
+    return [family for family in run.text.trained if whole or family not in WHOLE]
+
 def truth(task, problem, steps, slot, family):
     """What a question of this family about the thought of a slot should be answered."""
     if family in task.FIELDS:
@@ -931,11 +947,14 @@ def draw_questions(run, rng, families, problems, works, low=0):
     # one wording a family and batch: fewer prompts
     wording = {family: str(rng.choice(run.text.trained[family])) for family in families}
     rows, slots = readable(run.task, rng, works, low)
-    slots = np.where(np.isin(drawn, WHOLE), len(works[0]) - 1, slots)
     questions, targets = [], []
-    for family, row, slot in zip(drawn.tolist(), rows, slots):
+    for n, (family, row) in enumerate(zip(drawn.tolist(), rows)):
+        if family in WHOLE and run.task.never_read(works[row][-1]):
+            family = "step"
+        elif family in WHOLE:
+            slots[n] = len(works[row]) - 1
         questions.append(wording[family])
-        targets.append(truth(run.task, problems[row], works[row], slot, family))
+        targets.append(truth(run.task, problems[row], works[row], slots[n], family))
     return questions, targets, rows, slots
 
 def pick(readings, rows, slots):
@@ -1000,8 +1019,6 @@ def adapter_of(model):
 def load_model(run, name):
     """A finished part's model. "base" is the stage-0 model, or the released GPT-2, and "lora" the
     base with its adapter. Raises WeightsError."""
-    if name == "base" and run.cfg.pretrained:
-        return new_model(run, released_weights(run))
     if name != "lora":
         path = run.out / name / "model.safetensors"
         return new_model(run, read_safetensors(path, shapes_of(run)))
@@ -1016,7 +1033,7 @@ def save_model(run, name, model):
     """OUT/NAME, a Hugging Face folder, or an adapter in PEFT's layout. Its weights come last."""
     cfg, text, out = run.cfg, run.text, run.out / name
     if name == "lora":
-        base = f"openai-community/{cfg.model}" if cfg.pretrained else str(run.out / "base")
+        base = str(run.out / "base")
         gpt2_weights.save_adapter(out, adapter_of(model), LORA_RANK, 2 * LORA_RANK, base)
     else:
         special = {token: text.ids(token)[0] for token in RESERVED}
@@ -1044,14 +1061,14 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is not None:
                 alike[p.shape].append(p)
-        for (rows, columns), matrices in alike.items():  # all of one shape at once
+        for (n_in, n_out), matrices in alike.items():  # all of one shape at once
             updates = []
             for p in matrices:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                 updates.append(p.grad.lerp(momentum, 0.95))
-            rate = group["lr"] * max(1, rows / columns) ** 0.5
+            rate = group["lr"] * max(1, n_in / n_out) ** 0.5
             for p, update in zip(matrices, self.orthogonal(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(update, alpha=rate)
@@ -1109,7 +1126,7 @@ def log(run, phase, step, steps, nats, right, speed, left):
 def save_last(run, phase, step, model, optimizers):
     """last.pt: where the run stands, for --resume. Replaced whole."""
     path, temporary = run.out / "last.pt", run.out / "last.pt.tmp"
-    state = {"phase": phase, "step": step,
+    state = {"phase": phase, "step": step, "seconds": time.time() - run.start,
              "params": [p.detach() for p in model.parameters() if p.requires_grad],
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     try:
@@ -1153,13 +1170,15 @@ def fit(run, phase, model, steps, rates, loss_of):
     optimizers = make_optimizers(model, rates)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     first = resume(run, phase, model, optimizers)
-    sums, count = torch.zeros(2, device=run.cfg.device), 0
+    sums, count, seen = torch.zeros(2, device=run.cfg.device), 0, 0
     begin = logged = saved = time.time()
 
     def losses(step):
+        nonlocal seen
         for part in range(run.cfg.accumulate):
             with precision(run, model):
                 loss = loss_of(step, rng_of(run.cfg.seed, phase, step, part))
+            seen += len(loss.right)
             yield loss
 
     for step in range(first, steps):
@@ -1169,10 +1188,9 @@ def fit(run, phase, model, steps, rates, loss_of):
         count += 1
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             now = time.time()
-            speed = count * run.cfg.batch_size * run.cfg.accumulate / (now - logged)
             left = (now - begin) / (step + 1 - first) * (steps - step - 1)
-            log(run, phase, step + 1, steps, *(sums / count).tolist(), speed, left)
-            sums, count, logged = torch.zeros_like(sums), 0, now
+            log(run, phase, step + 1, steps, *(sums / count).tolist(), seen / (now - logged), left)
+            sums, count, seen, logged = torch.zeros_like(sums), 0, 0, now
         if time.time() > saved + SAVE_EVERY or step + 1 == steps:
             save_last(run, phase, step + 1, model, optimizers)
             saved = time.time()
@@ -1230,7 +1248,9 @@ def explain_loss(run, model, rng, problems, works, thoughts, slot):
     (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
     n_text = len(works[0]) - len(thoughts)
     low = slot if slot is not None and rng.random() < 0.5 else n_text
-    families = ["step", "slot", *run.task.FIELDS]
+    if all(run.task.never_read(step) for steps in works for step in steps[low:]):
+        return torch.zeros((), device=run.cfg.device)
+    families = families_of(run, whole=False)
     questions, targets, rows, slots = draw_questions(run, rng, families, problems, works, low)
     vectors = pick(readings_of(thoughts), rows, slots - n_text)
     return oracle_loss(run, model, questions, targets, vectors)[0]
@@ -1285,9 +1305,8 @@ def held_out(run, most, few=False):
     cfg, batches = run.cfg, []
     n = min(200, cfg.eval_problems) if few else cfg.eval_problems
     n = max(4, math.ceil(n / len(cfg.digits)))  # exchanges need three other problems
-    split = TEST if cfg.split == "test" else VALIDATION
     for size in cfg.digits:
-        problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), split, size, n)
+        problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), SPLITS[cfg.split], size, n)
         parts = math.ceil(len(problems) / most)
         batches += [problems[part::parts] for part in range(parts)]
     return batches
@@ -1310,7 +1329,9 @@ def stage_scores(run, model, stage="all", few=False):
 def train_coconut(run):
     """The curriculum. Each stage is measured before its first step and after its last one."""
     cfg = run.cfg
-    model = load_model(run, "base") if cfg.pretrained else new_model(run)
+    model = new_model(run, released_weights(run) if cfg.pretrained else None)
+    if cfg.pretrained and not (run.out / "base").exists():
+        save_model(run, "base", model)
     reached = load_last(run).get("phase", "").removeprefix("coconut ")
     stages = stages_of(run)
     for stage in stages[stages.index(reached) if reached in stages else 0:]:
@@ -1361,9 +1382,11 @@ class Pool:
                 rng_made = rng_of(run.cfg.seed, "pool", size, self.refill)
                 problems = run.task.draw(rng_made, TRAIN, size, self.each)
                 works = [run.task.work(problem) for problem in problems]
-                _, thoughts = think_through(run, self.model, problems)
-                readings = self.white(readings_of(thoughts))
-                self.made.append((problems, works, readings))
+                readings = []
+                for start in range(0, len(problems), 1000):
+                    _, thoughts = think_through(run, self.model, problems[start:start + 1000])
+                    readings.append(self.white(readings_of(thoughts)))
+                self.made.append((problems, works, torch.cat(readings)))
         shares = 2.0 ** np.arange(len(sizes))  # long problems are learnt later
         problems, works, readings = self.made[rng.choice(len(sizes), p=shares / shares.sum())]
         rows = rng.integers(len(problems), size=n)
@@ -1381,8 +1404,8 @@ def train_oracle(run, name="oracle"):
 
     def loss_of(step, rng):
         problems, works, readings = pool.draw(step, rng, cfg.batch_size)
-        families = list(run.text.trained)
-        questions, targets, rows, slots = draw_questions(run, rng, families, problems, works)
+        questions, targets, rows, slots = draw_questions(
+            run, rng, families_of(run), problems, works)
         # Operands come first and are learnt last: three steps of four go no further than half of
         # the longest step (600 steps in 28 s in place of 33, as good).
         most = max(1, run.text.longest // 2) if step % 4 else None
@@ -1446,7 +1469,7 @@ def train_probes(run):
             loss, hits = field_hits(run, probe, pick(readings, rows, slots), steps)
             return Loss(loss, loss, hits.all(dim=1).float())
 
-        fit(run, f"{kind} probe", probe, run.cfg.train_probes, PROBE_RATES, loss_of)
+        fit(run, f"probes {kind}", probe, run.cfg.train_probes, PROBE_RATES, loss_of)
         weights |= {f"{kind}.{key}": tensor for key, tensor in probe.state_dict().items()}
     write_safetensors(run.out / "probes.safetensors", weights)
 
@@ -1526,7 +1549,7 @@ def oracle_scores(run, oracle, tests, families):
             said = ask(run, oracle, readings)
             scores[name] = step_scores(task, said, [a.step for a in about])
     readings, about = everything(task, tests)
-    for family in families:
+    for family in families[1:]:
         rows = []
         for row, a in enumerate(about):
             if family in WHOLE:
@@ -1650,7 +1673,8 @@ def causal_scores(run, model, oracle, tests):
     if run.exchanges:
         for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three",
                      "iia_size", "said_after"):
-            scores[name] = rate(hits[name])
+            if hits[name]:
+                scores[name] = rate(hits[name])
         slots = sorted(key[1] for key in hits if key[0] == "slot")
         scores["by_slot"] = {str(slot): rate(hits["slot", slot]) for slot in slots}
     return scores
@@ -1701,25 +1725,25 @@ def environment(cfg):
 
 def evaluate(run):
     """Everything that is measured on held-out problems -> results.json."""
-    coconut, kind, fields = load_model(run, "coconut"), run.cfg.kind, ["slot", *run.task.FIELDS]
+    coconut, kind = load_model(run, "coconut"), run.cfg.kind
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
     scores, oracle = stage_scores(run, coconut), None  # after these, for its seconds: warm
-    text = load_json(run.out / "results.json")["coconut"]["stages"]["0"]
+    text = stage_scores(run, coconut, "0")
     sections = {
         "coconut": {"stages": {"all": scores}, "by_digits": scores["by_digits"],
                     "teacher_forced": rate(forced(run, coconut, tests)),
-                    "text_after": stage_scores(run, coconut, "0")},
+                    "text_after": text},
         "cost": {name: {"tokens": stage["tokens"], "seconds": stage["seconds"]}
                  for name, stage in (("text", text), ("thoughts", scores))},
-        "config": load_json(run.out / "config.json"), "env": environment(run.cfg)}
+        "config": run.cfg.knobs, "env": environment(run.cfg)}
     if kind.thoughts:
         oracle = self_oracle(run, coconut)
         lora = Oracle(load_model(run, "lora"), whitener_of(run, coconut))
-        more = [] if kind.explain else WHOLE
-        sections["oracle"] = oracle_scores(run, oracle, tests, [*fields, *more])
+        asked = families_of(run, whole=not kind.explain)
+        sections["oracle"] = oracle_scores(run, oracle, tests, asked)
         if not kind.explain:
             sections["oracle"]["skill_after"] = stage_scores(run, oracle.model)
-        sections["lora"] = oracle_scores(run, lora, tests, [*fields, *WHOLE])
+        sections["lora"] = oracle_scores(run, lora, tests, families_of(run))
         sections["controls"] = control_scores(run, oracle, tests)
         sections["causal"] = causal_scores(run, coconut, oracle, tests)
         if run.task.FIELDS:
@@ -1732,7 +1756,8 @@ def evaluate(run):
 def headline(results):
     """The result in a few sentences, with its controls and its decisive caveat."""
     best, kind = results["coconut"]["stages"]["all"], KINDS[results["config"]["thoughts"]]
-    told = f"{best['exact']:.1%} of {best['n']} held-out problems are answered right"
+    split = results["config"]["split"]
+    told = f"{best['exact']:.1%} of {best['n']} {split} problems are answered right"
     if not kind.thoughts:
         return told + ", without thoughts."
     step, controls, causal = results["oracle"]["step"], results["controls"], results["causal"]
@@ -1745,7 +1770,7 @@ def headline(results):
     if not kind.bottleneck or "iia_changed" not in causal:
         return told + ("But with the mean thought in place of all, "
                        f"{causal['keep']['mean']['exact']:.1%} of the answers stay.")
-    changed, after = causal["iia_changed"], causal["said_after"]
+    changed, after = causal["iia_changed"], causal.get("said_after", rate([]))
     told += "With" if kind.exchange else "But with"
     return told + (" one thought given by another problem, the answer is what the sum worked so "
                    f"spells in {changed['exact']:.1%} of the {changed['n']} cases that this "
@@ -1852,7 +1877,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 tokenizer = AutoTokenizer.from_pretrained("coconut")
 model = GPT2LMHeadModel.from_pretrained("coconut").eval()
-ids = tokenizer("{problem}<bot>", return_tensors="pt").input_ids
+ids = tokenizer({prompt!r}, return_tensors="pt").input_ids
 out = model.transformer(ids)
 for slot in range({count}):  # {fed}
     x = {x}
@@ -1878,6 +1903,7 @@ def write_cards(run, results):
     own = "out.last_hidden_state[:, -1:]"
     filled = {
         "config": json.dumps(results["config"]), "problem": view["problem"], "answer": view["answer"],
+        "prompt": view["problem"] + "<bot>",
         "count": len(view["said"]), "told": headline(results), "tables": tables(results),
         "fed": "a thought is fed " + ("<bot>" if kind.pause else "the last hidden state"),
         "x": "model.transformer.wte(ids[:, -1:])" if kind.pause else own,
@@ -1925,7 +1951,7 @@ def show_chain(run, model, oracle, current, donors):
     print(f"{view['problem']}{view['answer']}{wrong}\nslot  {'worked by hand':<26}the thought says")
     for slot, (step, said) in enumerate(zip(view["steps"], view["said"])):
         note = f"   <- of {view['donors'][slot]}" if slot in donors else ""
-        print(f"{slot:<6}{step:<26}{said}{'   !' * (step != said)}{note}", flush=True)
+        print(f"{slot:<6}{step:<24}  {said}{'   !' * (step != said)}{note}", flush=True)
 
 def respond(run, model, oracle, line, current):
     """Do what a line asks for, about the current problem -> the current problem from then on."""
@@ -1964,7 +1990,7 @@ def ask_loop(run):
             current = respond(run, model, oracle, line, current) if line else current
         except EOFError:
             break
-        except UserError as e:
+        except (UserError, UnicodeDecodeError) as e:
             errors += 1
             print(f"error: {e}", file=sys.stderr, flush=True)
     if errors and not typing:
@@ -1979,7 +2005,6 @@ PARTS = {  # name: what does it, and the file whose presence says that it is don
     "oracle": (train_oracle, "oracle/model.safetensors"),
     "lora": (lambda run: train_oracle(run, "lora"), "lora/adapter_model.safetensors"),
     "eval": (evaluate, "report.html")}
-SESSION = ("stage", "out", "resume", "device", "dtype", "compile")  # not of the run
 LATER = {"probes": ("train_probes",), "oracle": ("train_oracle",), "lora": ("train_lora",),
          "eval": ("eval_problems", "split")}  # what each part may change of the run in --out
 
@@ -2022,16 +2047,23 @@ def parse(argv):
         parser.add_argument(name, help=field.metadata["help"], **how)
     given = vars(parser.parse_args(argv))
     out = given.get("out") or f"runs/{given.get('model', 'tiny')}"
-    new = given.get("stage", "all") in ("all", "coconut") and not given.get("resume")
+    stage = given.get("stage", "all")
+    new = stage in ("all", "coconut") and not given.get("resume")
+    done = stage in PARTS and stage != "eval" and (Path(out) / PARTS[stage][1]).exists()
     saved = {} if new else load_json(Path(out) / "config.json")
     for name, value in saved.items():
         saved[name] = value = tuple(value) if isinstance(value, list) else value
-        free = ("weights", *LATER.get(given.get("stage"), ()))
+        free = ("weights", *(() if done else LATER.get(stage, ())))
         if name not in free and given.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")
     try:
         cfg = Config(**{**saved, **given, "out": out})
+        for field in dataclasses.fields(Config):
+            value, choices = getattr(cfg, field.name), field.metadata["choices"]
+            fits = value is None or isinstance(value, field.type)
+            if not fits or choices and value not in choices:
+                raise TypeError(f"{field.name} is {value!r}")
         if cfg.pretrained:
             cfg = Config(**{**RELEASED, **saved, **given, "out": out})
     except TypeError as e:
@@ -2088,6 +2120,8 @@ def load_task(cfg):
     for name in ("draw", "size", "text", "work", "say", "spell"):
         if not hasattr(task, name):
             raise UserError(f"--task {cfg.task}: class Task has no {name}, see Sums")
+    if {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"}:
+        raise UserError(f"--task {cfg.task}: FIELDS has a name that the program uses: {task.FIELDS}")
     return task
 
 def open_run(cfg):
@@ -2098,7 +2132,7 @@ def open_run(cfg):
         ranks = gpt2_weights.read_bpe(released(cfg, gpt2_weights.BPE_FILES))
     text = Text(task, ranks)
     exchanges = "given" in inspect.signature(task.work).parameters
-    text.longest, total = try_out(task, text, cfg.digits, exchanges)
+    text.longest, total = try_out(task, text, cfg, exchanges)
     if total > cfg.size.positions:
         raise UserError(f"--digits {max(cfg.digits)}: a problem takes {total} tokens, "
                         f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")
@@ -2108,14 +2142,12 @@ def make_folder(run):
     """Make the folder, with config.json; after --resume, drop a line that was cut short."""
     if run.cfg.pretrained:
         released_weights(run)  # refuses a wrong file before anything is written
-    knobs = dataclasses.asdict(run.cfg)
-    for name in SESSION:
-        del knobs[name]
     log_file = run.out / "log.jsonl"
     run.out.mkdir(parents=True, exist_ok=True)
     lines = log_file.read_text() if log_file.exists() else ""
     write_atomic(log_file, "".join(lines.rpartition("\n")[:2]))
-    write_atomic(run.out / "config.json", json.dumps(knobs, indent=1) + "\n")
+    if run.cfg.stage != "eval":  # what is measured once more, and how, is not the run's
+        write_atomic(run.out / "config.json", json.dumps(run.cfg.knobs, indent=1) + "\n")
 
 def main(argv=None):
     cfg = parse(argv)
@@ -2131,10 +2163,12 @@ def main(argv=None):
     for part in parts_of(cfg) if cfg.stage == "all" else [cfg.stage]:
         work, name = PARTS[part]
         if part == "eval" or not (run.out / name).exists():
-            start = time.time()
+            last = load_last(run)
+            before = last.get("seconds", 0.0) if last.get("phase", " ").split()[:1] == [part] else 0.0
+            run = run._replace(start=time.time() - before)
             work(run)
             seconds = load_json(run.out / "results.json").get("seconds", {})
-            seconds[part] = time.time() - start
+            seconds[part] = time.time() - run.start
             seconds["total"] = sum(seconds[name] for name in PARTS if name in seconds)
             results = record(run, seconds=seconds)
     if part == "eval":
@@ -2161,6 +2195,9 @@ def command_line(argv=None):
         return 0
     except (UserError, WeightsError) as e:
         print(f"error: {e}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: out of memory: choose a smaller --batch-size, and more --accumulate",
+              file=sys.stderr)
     except BrokenPipeError:  # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:

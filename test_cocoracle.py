@@ -528,6 +528,11 @@ def test_never_read_steps_reach_no_reader(monkeypatch):
     row = about_never[0]
     where = tests[0].problems.index(row.problem)
     assert torch.equal(never[0], tests[0].thoughts[row.slot].reading[where])
+    monkeypatch.setattr(task, "never_read", lambda step: step.a is None)  # nor in questions about the whole problem
+    problems, works, thoughts = tests[0].problems, tests[0].works, tests[0].thoughts
+    for step in range(20):
+        assert max(co.draw_questions(run, co.rng_of(4, step), co.families_of(run), problems, works)[3]) < 2
+    assert co.explain_loss(run, model, co.rng_of(5), problems, works, thoughts[-1:], None) == 0  # nothing to ask
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -546,7 +551,7 @@ def test_consult_equals_plain_prompts():
         head, said = text.ids(f"{question} Layer 2:<act>"), [*text.ids(targets[row]), text.eos]
         x = model.wte(torch.tensor([[*head, *said[:-1]]]))
         injection = co.Injection(vectors[row:row + 1], len(head) - 1, 1)
-        hidden, _, _ = model(x, pos=run.cfg.positions // 8 - len(head) + 1, inject=injection)
+        hidden, _, _ = model(x, pos=run.cfg.size.positions // 8 - len(head) + 1, inject=injection)
         rows.append(F.cross_entropy(model.logits(hidden[0, len(head) - 1:]), torch.tensor(said)))
     assert abs(loss.item() - torch.stack(rows).mean().item()) < 1e-4 and right.shape == (3,)
     assert co.ask(run, co.Oracle(model), vectors)[0] == co.ask(run, co.Oracle(model), vectors[:1])[0]
@@ -821,7 +826,7 @@ def test_results_have_the_schema(mini):
     assert {"exact_no_final", "n_no_final", "token_f1", "either_order", "result"} <= set(r["oracle"]["step"])
     assert set(r["probes"]["linear"]) == {*co.Sums.FIELDS, "step"} and set(r["cost"]) == {"text", "thoughts"}
     assert set(r["causal"]) == {"keep", "iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three",
-                                "iia_size", "said_after", "by_slot"}
+                                "said_after", "by_slot"}  # and no iia_size: there is one size
     assert {"coconut", "probes", "lora", "eval", "total"} == set(r["seconds"])
     assert "null" not in (out / "results.json").read_text() and r["cost"]["thoughts"]["tokens"] == 3.0
     names = {path.name for path in out.iterdir()}
@@ -847,7 +852,7 @@ def test_evaluating_again_gives_the_same_figures(mini, tmp_path):
     ("--stage eval --thoughts plain", "faithful"), ("--stage eval --seed 1", "has 0"),
     ("--stage lora --digits 2-4", "(2,)"),
     ("--stage ask --read-layer 1", "0.5"), ("--resume --train-text 7", "150"), ("--stage eval --model gpt2", "tiny"),
-    ("--stage oracle", "KINDS"), ("", "--resume"), ("--stage coconut", "--resume"), ("--stage lora", "--resume")])
+    ("--stage probes --resume --train-probes 7", "200"), ("--stage oracle", "KINDS"), ("", "--resume"), ("--stage coconut", "--resume"), ("--stage lora", "--resume")])
 def test_contradictions_with_a_run(mini, capsys, args, says):
     """Flags that contradict the run in --out, and parts that it has, are refused, naming what the run has."""
     out, _, _ = mini
@@ -940,6 +945,10 @@ def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
     assert all(0 < entry["loss"] < 12 for entry in log if "probe" not in entry["phase"])  # nats a token: under ln V + 6
     if copied:
         assert co.command_line(["--stage", "ask", "--out", str(tmp_path / "run")]) in (0, 2)
+    assert co.command_line(f"--stage eval --split validation --out {tmp_path}/run --device cpu".split()) == 0
+    splits = [json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "results.json")]
+    assert (splits[0]["split"], splits[1]["config"]["split"]) == ("test", "validation")
+    assert "validation problems" in co.headline(splits[1])
 
 def test_which_model_each_section_gets(tmp_path, monkeypatch):
     """Of a plain run: oracle and controls ask the fine-tuned copy, lora the adapter's model, both of whitened thoughts
@@ -1116,7 +1125,7 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     theirs = released(tmp_path / "weights", co.Size(2, 4, 32))  # sizes are those of its config.json
     r = short(tmp_path / "run", "--model", "gpt2", "--weights", str(tmp_path / "weights"), "--batch-size", "2")
-    assert r["oracle"]["step"]["n"] and not (tmp_path / "run/base").exists()
+    assert r["oracle"]["step"]["n"]
     run = run_of("--stage", "eval", out=tmp_path / "run")
     assert run.text.size == 50261 and run.cfg.size == (2, 4, 32, 1024) and run.cfg.rates == co.FINE_TUNED
     assert [run.text.enc.decode([i]) for i in run.text.ids("347 12")] == ["3", "4", "7", " 1", "2"]

@@ -8,7 +8,7 @@ import re
 import cocoracle as co
 
 class Task(co.Sums):
-    FIELDS = {"a": 10, "b": 10, "stands": 10, "carry": 9, "digit": 10}
+    FIELDS = {"a": 10, "b": 10, "stands": 10, "carry": 10, "digit": 10}
 
     def __init__(self, sizes):
         if max(sizes) > 5:
