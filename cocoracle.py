@@ -1862,7 +1862,7 @@ def page(run, results):
         first, f"<pre>{html.escape(tables(results))}</pre>", *curves, *others,
         f"<h2>The run</h2><p>{html.escape(about)}</p></html>\n"])
 
-MODELS = {"base": "after stage 0: it writes its steps as text", "coconut": "the model that thinks",
+MODELS = {"base": "after stage 0, all text; or the released GPT-2", "coconut": "the model that thinks",
           "oracle": "the coconut, fine-tuned to read the thoughts of its former self",
           "lora": "an adapter of base, trained to read the coconut's thoughts"}
 CARD = """# {name}: {role}
