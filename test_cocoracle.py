@@ -91,9 +91,9 @@ def test_segments_are_a_cache():
     ids = torch.randint(run.text.size, (3, 12))
     whole, _, _ = model(model.wte(ids))
     first, a, _ = model(model.wte(ids[:, :5]))
-    second, b, _ = model(model.wte(ids[:, 5:9]), [a], 5)
-    third, _, _ = model(model.wte(ids[:, 9:]), [a, b], 9, last=2)
-    assert near(torch.cat([first, second], 1), whole[:, :9]) and near(third, whole[:, 10:])
+    second, b, _ = model(model.wte(ids[:, 5:7]), [a], 5)
+    third, _, _ = model(model.wte(ids[:, 7:]), [a, b], 7, last=2)
+    assert near(torch.cat([first, second], 1), whole[:, :7]) and near(third, whole[:, 10:])
     padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids[:, :5]], dim=1)
     valid = torch.ones(3, 9, dtype=torch.bool)
     valid[:, :4] = False
@@ -306,7 +306,8 @@ def test_iia_of_a_hand_made_model(monkeypatch):
         assert scores[name]["exact"] == 1.0 and scores[name]["n"] > 20, name
     assert scores["iia_two"]["n"] == scores["iia_three"]["n"] == scores["iia"]["n"] == 60 * 7
     assert scores["iia_size"]["n"] == 60 * 4  # inner slots that both sizes have
-    assert scores["keep"]["swap"]["exact"] == 0.0 and set(scores["by_slot"]) == {"0", "1", "2", "3"}
+    swap, mean = scores["keep"]["swap"]["exact"], scores["keep"]["mean"]["exact"]
+    assert swap == 0 and mean < 0.1 and set(scores["by_slot"]) == {"0", "1", "2", "3"}
 
 def test_iia_of_models_that_do_not_mean_it(monkeypatch):
     """Read right and not used: no answer changes. Used, but later thoughts do not follow: the flow is missed alone.
@@ -497,7 +498,7 @@ def test_never_read_steps_reach_no_reader(monkeypatch):
     """What is asked of readers in training, by the explaining loss (of exchanged sums too), oracles and probes, is
     never a step of a held-out digit pair, in either order; all others are asked. Tests report them apart."""
     pairs = {tuple(sorted(p)) for p in co.Sums.NEVER_READ}
-    assert len(pairs) == 6 and all(a <= b for a, b in co.Sums.NEVER_READ)
+    assert len(pairs) == 6 and all(a <= b for a, b in co.Sums.NEVER_READ) and set(sum(pairs, ())) == set(range(10))
     run = run_of("--digits", "2", "--batch-size", 32)
     task, model, shown = run.task, rough(run), set()
     truth = co.truth

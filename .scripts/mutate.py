@@ -18,12 +18,6 @@ SWAPS = {"Pow": "Mult", "MatMult": "Mult", **dict(PAIRS), **{b: a for a, b in PA
 CALLS = ("detach", "roll", "masked_fill", "clamp", "clamp_min", "float", "double")
 GUARDS = re.compile(r"no_grad|evaluating|precision")
 MASKS = ("mask", "valid", "past", "given")  # become None
-RECORD = """
-import atexit, os, torch
-_called, _compiling = set(), torch.compiler.is_compiling
-atexit.register(lambda: open(f"{os.environ['CALLED']}/{os.getpid()}", "w").write(" ".join(_called)))
-"""
-
 
 class Mutant(NamedTuple):
     """A place in the tree, and what stands there instead."""
@@ -33,7 +27,6 @@ class Mutant(NamedTuple):
     new: ast.AST | None
     statement: ast.stmt
     function: str
-
 
 @contextmanager
 def applied(mutant):
@@ -46,19 +39,15 @@ def applied(mutant):
     yield
     setattr(mutant.parent, mutant.field, old)
 
-
 def like(node, **fields):
     """A copy with some fields changed."""
     return type(node)(**{**dict(ast.iter_fields(node)), **fields})
 
-
 def put(items, index, new):
     return [*items[:index], new, *items[index + 1:]]
 
-
 def swapped(operator):
     return getattr(ast, SWAPS[type(operator).__name__])()
-
 
 def expressions(node):
     """What may stand in an expression's place."""
@@ -83,7 +72,6 @@ def expressions(node):
             if bound and not isinstance(bound, (ast.Constant, ast.UnaryOp)):
                 yield like(node, **{end: ast.BinOp(bound, op, ast.Constant(1))})
 
-
 def statements(node, twice):
     """What may stand in a statement's place. twice: names that its function sets twice."""
     removed = isinstance(node, (ast.AugAssign, ast.Break, ast.Continue, ast.Raise))
@@ -99,7 +87,6 @@ def statements(node, twice):
         if kept != node.items:
             yield like(node, items=kept) if kept else ast.If(ast.Constant(True), node.body, [])
 
-
 def silent(field, node):
     """Annotations, fields of a NamedTuple, docstrings, what is printed."""
     if field in ("annotation", "returns", "bases") or not isinstance(node, ast.AST):
@@ -108,7 +95,6 @@ def silent(field, node):
     called = getattr(value, "func", None)
     return (isinstance(node, (ast.AnnAssign, ast.JoinedStr)) or isinstance(value, ast.Constant)
             or getattr(called, "id", "") in ("print", "log"))
-
 
 def mutants(parent, statement=None, function="", twice=()):
     """Every mutant of a tree."""
@@ -135,7 +121,6 @@ def mutants(parent, statement=None, function="", twice=()):
             if field != "decorator_list":
                 yield from mutants(node, here, where, names)
 
-
 def drawn(source, tree, seed, count):
     """Mutants of the sections drawn from."""
     section, sections = 1, {}
@@ -145,14 +130,12 @@ def drawn(source, tree, seed, count):
     every = [m for m in mutants(tree) if FIRST <= sections[m.statement.lineno] <= LAST]
     return random.Random(seed).sample(every, count)
 
-
 def head(statement, whole=False):
     """A statement in one line; of one that has a body, what is before it."""
     lines = ast.unparse(ast.fix_missing_locations(statement)).splitlines()
     if whole or not hasattr(statement, "body"):
         return " ".join(lines)
     return next(line for line in lines if line and line[0] != "@")
-
 
 def told(mutant):
     """`before -> after`, with a little of the statement around it."""
@@ -165,15 +148,3 @@ def told(mutant):
     begin = max(0, len(os.path.commonprefix([before, after])) - 40)
     end = max(0, len(os.path.commonprefix([before[::-1], after[::-1]])) - 25)
     return f"{before[begin:len(before) - end]} -> {after[begin:len(after) - end]}"
-
-
-def recording(tree, function=""):
-    """The tree, changed so that it notes which functions are called."""
-    for node in ast.iter_child_nodes(tree):
-        name = f"{function}.{getattr(node, 'name', '')}".lstrip(".")
-        recording(node, name if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else function)
-    if isinstance(tree, ast.FunctionDef):
-        tree.body[:0] = ast.parse(f"_compiling() or _called.add({function!r})").body
-    elif isinstance(tree, ast.Module):
-        tree.body[1:1] = ast.parse(RECORD).body
-    return tree

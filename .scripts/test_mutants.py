@@ -1,0 +1,131 @@
+"""Tests that mutants asked for, and of what makes them."""
+
+import ast
+from collections import defaultdict
+from types import SimpleNamespace
+
+import mutate
+import numpy as np
+import pytest
+import torch
+
+import cocoracle as co
+from test_cocoracle import PROBLEMS, ByHand, rough, run_of, train
+
+def by_hand(monkeypatch, *flags):
+    """A run of hand-made thoughts, and its held-out problems solved."""
+    run = run_of(*flags)
+    ByHand(monkeypatch, run)
+    return run, [co.solve(run, None, problems) for problems in co.held_out(run, 500)]
+
+def test_greedy_text_ends_row_by_row():
+    """A row ends with its stop token, and is -1 from then on; when all have ended, nothing more is written."""
+    run = run_of()
+    model = rough(run)
+    with torch.no_grad():
+        for problems in PROBLEMS[:1], PROBLEMS:
+            problem, _, _ = co.read_problems(run, model, problems)
+            free = co.write(model, problem, -5, 8)[0].tolist()
+            stop, want = free[0][1], []
+            for row in free:
+                want.append(row[:row.index(stop) + 1] if stop in row else row)
+            longest = max(map(len, want))
+            ids, _ = co.write(model, problem, stop, 8)
+            assert ids.tolist() == [row + [-1] * (longest - len(row)) for row in want]
+
+def test_the_longest_problem_is_counted_in_positions():
+    """Text.total is what the longest problem takes when all is text: prefix and answer, each end counted."""
+    run = run_of("--digits", "3")
+    problems = run.task.draw(co.rng_of(0, "longest", 3), co.TRAIN, 3, 300)
+    batch = co.make_batch(run, problems, [run.task.work(problem) for problem in problems], 4)
+    positions = batch.valid.sum(1) + (batch.answer_target != co.IGNORE).sum(1)
+    assert run.text.total == positions.max()
+
+def test_tokens_before_the_answer(monkeypatch):
+    """Text tokens that were written, not the padding after them, and thoughts, a problem."""
+    run, _ = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 8)
+    read = co.read_problems
+    monkeypatch.setattr(co, "read_problems", lambda *args: (*read(*args)[:2], torch.tensor([[7, -1]] * 8)))
+    scores = co.stage_scores(run, None)
+    assert scores["tokens"] == 1 + 3 and scores["exact"] == 1.0
+
+def test_who_is_asked_what(monkeypatch):
+    """Of every thought the slot is asked, of all but finals a field, of finals alone the answer; final carries are
+    half as often asked in training."""
+    run, tests = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 40)
+    scores = co.oracle_scores(run, None, tests, ["slot", "digit", "answer"])
+    assert scores["slot"]["n"] == scores["step"]["n"] > scores["digit"]["n"] == scores["step"]["n_no_final"] > 60
+    assert scores["answer"]["n"] == 40
+    _, slots = co.readable(run.task, co.rng_of(0), [co.columns(47, 85)] * 3000)
+    assert np.allclose(np.bincount(slots) / 3000, (0.4, 0.4, 0.2), atol=0.03)
+
+def test_donations_and_what_follows(monkeypatch):
+    """As many donors as a figure's name says; of next thoughts, those that changed and that readers know are asked."""
+    run, tests = by_hand(monkeypatch, "--digits", "2,3", "--eval-problems", 200)
+    test, hits = tests[1], defaultdict(list)
+    found = dict(co.donations(run, tests, test, 1, co.rng_of(0)))
+    assert {name: len(donors) for name, donors in found.items()} == {
+        "iia": 1, "iia_two": 2, "iia_three": 3, "iia_size": 1, "iia_same": 1}
+    given = co.solve(run, None, test.problems, found["iia"])
+    co.follow(run, None, test, 1, given, hits)
+    pairs = zip(given.works, test.works)
+    known = [not run.task.never_read(steps[2]) for steps, own in pairs if steps[2] != own[2]]
+    assert len(hits["said_after"]) == sum(known) and 0 < sum(known) < len(known)
+
+@pytest.mark.parametrize("first", [0, 40])
+def test_what_a_log_line_says(tmp_path, monkeypatch, first):
+    """Every 100 steps and after the last one: means of the steps since the last line, their speed, the time left."""
+    run, seconds, lines = run_of(out=tmp_path / "run"), [0.0], []
+
+    def step(*args):
+        seconds[0] += 2.0  # a step takes so long
+        return torch.tensor([1.5, 0.5])
+
+    monkeypatch.setattr(co, "time", SimpleNamespace(time=lambda: seconds[0]))
+    monkeypatch.setattr(co, "train_step", step)
+    monkeypatch.setattr(co, "resume", lambda *args: first)
+    monkeypatch.setattr(co, "log", lambda run, phase, *line: lines.append(line))
+    train(run, 230)
+    want = [(step, 230, 1.5, 0.5, 32.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
+    assert np.allclose(lines, want)
+
+def test_whitened_readings_are_finite():
+    """Also along what does not vary at all."""
+    x = torch.randn(200, 8)
+    x[:, 3] = 2.0
+    assert co.Whitener(x)(x).isfinite().all()
+
+SOURCE = '''
+# 3. One
+def f(a, mask):
+    """Text 1."""
+    total: int = 5
+    if a < 3 and mask:
+        raise ValueError(1)
+    with torch.no_grad():
+        a = g(a.detach(), mask, low=2)[a:]
+    print(a + 7)
+    return a // 2
+# 12. Another
+LAST = 4
+'''
+
+def test_mutants_are_small_and_the_same_again():
+    """Each kind of change is made, in its sections alone, and undone; a seed gives the same ones again."""
+    tree = ast.parse(SOURCE)
+    whole = ast.unparse(tree)
+    every = mutate.drawn(SOURCE, tree, 0, 15)
+    told = {mutate.told(mutant) for mutant in every}
+    for change in ("a < 3 and mask: -> if a <= 3 and mask:", "3 and mask: -> if a < 4 and", "if a < 3 or mask",
+                   "if a < 3 and mask: -> removed", "raise ValueError(1) -> removed", "ValueError(2)", "g(a, mask",
+                   "with torch.no_grad(): -> if True:", "None, low", "low=3", "g(a.detach(), mask)[", "[a + 1:]",
+                   "a % 2", "a // 3"):
+        assert any(change in words for words in told), change
+    for mutant in every:
+        with mutate.applied(mutant):
+            assert ast.unparse(ast.fix_missing_locations(tree)) != whole
+        assert ast.unparse(tree) == whole and mutant.function == "f"
+    again = mutate.drawn(SOURCE, ast.parse(SOURCE), 0, 15)
+    assert [mutate.told(mutant) for mutant in again] == [mutate.told(mutant) for mutant in every]
+    code = "'text'\ndef f():\n    def g(): return 1\n    return g()\nclass A:\n    def h(self): return f()\nA().h()"
+    assert "_called.add('A.h')" in ast.unparse(mutate.recording(ast.parse(code)))
