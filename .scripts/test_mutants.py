@@ -8,6 +8,7 @@ import mutate
 import numpy as np
 import pytest
 import torch
+import trial
 
 import cocoracle as co
 from test_cocoracle import PROBLEMS, ByHand, rough, run_of, train
@@ -128,4 +129,4 @@ def test_mutants_are_small_and_the_same_again():
     again = mutate.drawn(SOURCE, ast.parse(SOURCE), 0, 15)
     assert [mutate.told(mutant) for mutant in again] == [mutate.told(mutant) for mutant in every]
     code = "'text'\ndef f():\n    def g(): return 1\n    return g()\nclass A:\n    def h(self): return f()\nA().h()"
-    assert "_called.add('A.h')" in ast.unparse(mutate.recording(ast.parse(code)))
+    assert "_called.add('A.h')" in ast.unparse(trial.recording(ast.parse(code)))
