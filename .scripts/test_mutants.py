@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import mutate
 import numpy as np
-import pytest
 import torch
 import trial
 
@@ -33,6 +32,22 @@ def test_greedy_text_ends_row_by_row():
             longest = max(map(len, want))
             ids, _ = co.write(model, problem, stop, 8)
             assert ids.tolist() == [row + [-1] * (longest - len(row)) for row in want]
+
+def test_answers_are_greedy_text_after_the_thoughts():
+    """An answer is the likeliest text of one long row: the problem, its thoughts, <eot>, and what was written."""
+    run = run_of("--digits", 3, "--thoughts", "plain")
+    model, text = rough(run), run.text
+    problem, thoughts = co.think_through(run, model, PROBLEMS)
+    said = co.answer(run, model, problem, thoughts)
+    with torch.no_grad():
+        for row, own in enumerate(PROBLEMS):
+            prefix, written = model.wte(torch.tensor([text.ids(run.task.text(own) + "<bot>")])), []
+            fed = [problem.hidden, *(thought.hidden for thought in thoughts[:-1])]
+            x = torch.cat([prefix, *(hidden[row:row + 1] for hidden in fed)], dim=1)
+            while text.eos not in written and len(written) < text.longest + 2:
+                x = torch.cat([x, model.wte(torch.tensor([[(text.eot, *written)[-1]]]))], dim=1)
+                written.append(model.logits(model(x)[0][0, -1]).argmax().item())
+            assert said[row] == text.show(written) + "..." * (text.eos not in written)
 
 def test_the_longest_problem_is_counted_in_positions():
     """Text.total is what the longest problem takes when all is text: prefix and answer, each end counted."""
@@ -73,8 +88,7 @@ def test_donations_and_what_follows(monkeypatch):
     known = [not run.task.never_read(steps[2]) for steps, own in pairs if steps[2] != own[2]]
     assert len(hits["said_after"]) == sum(known) and 0 < sum(known) < len(known)
 
-@pytest.mark.parametrize("first", [0, 40])
-def test_what_a_log_line_says(tmp_path, monkeypatch, first):
+def test_what_a_log_line_says(tmp_path, monkeypatch):
     """Every 100 steps and after the last one: means of the steps since the last line, their speed, the time left."""
     run, seconds, lines = run_of(out=tmp_path / "run"), [0.0], []
 
@@ -84,9 +98,9 @@ def test_what_a_log_line_says(tmp_path, monkeypatch, first):
 
     monkeypatch.setattr(co, "time", SimpleNamespace(time=lambda: seconds[0]))
     monkeypatch.setattr(co, "train_step", step)
-    monkeypatch.setattr(co, "resume", lambda *args: first)
+    monkeypatch.setattr(co, "resume", lambda *args: 40)
     monkeypatch.setattr(co, "log", lambda run, phase, *line: lines.append(line))
-    train(run, 230)
+    train(run, 230, model=torch.nn.Linear(2, 2))
     want = [(step, 230, 1.5, 0.5, 32.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
     assert np.allclose(lines, want)
 
