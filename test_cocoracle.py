@@ -935,6 +935,7 @@ def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
     thinks, copied = kind != "none", kind in ("pause", "plain", "bottleneck")
     for section in ("oracle", "lora", "controls", "causal", "probes"):
         assert (section in r) == thinks
+    assert all("at_switch" in stage for stage in r["coconut"]["stages"].values())
     assert (tmp_path / "run/oracle").exists() == copied == ("skill_after" in r.get("oracle", {}))
     assert ("answer" in r.get("oracle", {})) == copied and r["cost"]["thoughts"]["tokens"] == (3.5 if thinks else 0)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

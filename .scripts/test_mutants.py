@@ -87,6 +87,33 @@ def test_donations_and_what_follows(monkeypatch):
     pairs = zip(given.works, test.works)
     known = [not run.task.never_read(steps[2]) for steps, own in pairs if steps[2] != own[2]]
     assert len(hits["said_after"]) == sum(known) and 0 < sum(known) < len(known)
+    views = co.examples(run, None, None, tests, n=6)  # the middle slot is given
+    assert [list(view["exchanged"]["donors"]) for view in views] == [[1]] * 6
+
+def test_what_an_oracle_s_step_trains(monkeypatch):
+    """Three steps of four go half as far as the longest text; a quarter of a fine-tuned oracle's, of no LoRA's,
+    rehearse the coconut's task as well, on a quarter of a batch."""
+    run, reached, rehearsed = run_of("--digits", 2, "--batch-size", 8), [], []
+    problems = run.task.draw(co.rng_of(0), co.TRAIN, 2, 8)
+    drawn = problems, [run.task.work(problem) for problem in problems], torch.randn(8, 3, 96)
+    loss = co.Loss(torch.tensor(1.0), torch.tensor(1.0), torch.ones(8))
+
+    def fit(run, name, model, steps, rates, loss_of):
+        totals = [loss_of(step, co.rng_of(step)).total.item() for step in range(200)]
+        assert totals.count(2.0) == len(rehearsed)
+
+    monkeypatch.setattr(co, "Pool", lambda *args: SimpleNamespace(draw=lambda step, rng, n: drawn))
+    monkeypatch.setattr(co, "oracle_loss", lambda run, model, questions, targets, vectors, most=None: reached.append(
+        most) or (loss.total, loss.right))
+    monkeypatch.setattr(co, "coconut_loss", lambda *args: rehearsed.append(args[-1]) or loss)
+    monkeypatch.setattr(co, "fit", fit)
+    monkeypatch.setattr(co, "load_model", lambda *args: co.new_model(run))
+    monkeypatch.setattr(co, "save_model", lambda *args: None)
+    co.train_oracle(run, "lora")
+    half = run.text.longest // 2
+    assert reached == [None, half, half, half] * 50 and not rehearsed
+    co.train_oracle(run)
+    assert set(rehearsed) == {2} and 30 < len(rehearsed) < 70
 
 def test_what_a_log_line_says(tmp_path, monkeypatch):
     """Every 100 steps and after the last one: means of the steps since the last line, their speed, the time left."""
