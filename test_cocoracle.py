@@ -997,9 +997,9 @@ def test_compiled_blocks_never_fall_back(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("sys.stdin", io.StringIO("47+85\n? 0 What?\nswap 0 31+22"))
     assert co.command_line(["--stage", "ask", "--compile", "--dtype", "bfloat16", "--out", str(tmp_path / "run")]) == 0
     assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 16
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # so that the limit is hit: it must be told
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    limit, hit = torch._dynamo.config.patch(recompile_limit=1), torch._dynamo.exc.FailOnRecompileLimitHit
+    with limit, pytest.raises(hit):  # it must be told
         co.command_line([*SHORT, "--thoughts", kind, "--compile", "--out", str(tmp_path / "other")])
 
 class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
