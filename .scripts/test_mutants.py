@@ -53,17 +53,22 @@ def test_answers_are_greedy_text_after_the_thoughts():
                 written.append(model.logits(model(x)[0][0, -1]).argmax().item())
             assert len(set(written)) > 3 and said[row] == text.show(written) + "..." * (text.eos not in written)
 
-def test_what_is_asked_about_which_vectors(monkeypatch):
-    """ask() asks of each reading, whitened where the oracle does so, the given question, else for the step."""
-    run, seen, consult = run_of(), [], co.consult
-    model, readings = wordy(run), torch.randn(3, 96)
+def test_what_is_said_of_which_vectors():
+    """ask() says the likeliest text after the whole prompt, of each reading, whitened where the oracle does so: after
+    the given question, or the one about the step."""
+    run = run_of()
+    model, text, readings = wordy(run), run.text, torch.randn(3, 96)
     white = co.Whitener(torch.randn(200, 96) * 5)
-    monkeypatch.setattr(co, "consult", lambda run, model, *args, last: seen.append(args) or consult(
-        run, model, *args, last=last))
     for oracle, question in (co.Oracle(model), None), (co.Oracle(model, white), "Why?"):
-        co.ask(run, oracle, readings, question)
-    assert [questions for questions, _, _ in seen] == [[run.text.held_out["step"]] * 3, ["Why?"] * 3]
-    assert torch.equal(seen[0][1], readings) and torch.equal(seen[1][1], white(readings))
+        head = text.ids(f"{question or text.held_out['step']} Layer 2:<act>")
+        vectors = white(readings) if oracle.white else readings
+        for row, said in enumerate(co.ask(run, oracle, readings, question)):
+            injection, written = co.Injection(vectors[row:row + 1], len(head) - 1, 1), []
+            while text.eos not in written and len(written) < text.longest + 2:
+                x = model.wte(torch.tensor([[*head, *written]]))
+                hidden, _, _ = model(x, pos=run.cfg.positions // 8 - len(head) + 1, inject=injection)
+                written.append(model.logits(hidden[0, -1]).argmax().item())
+            assert len(set(written)) > 2 and said == text.show(written)
 
 def test_the_longest_problem_is_counted_in_positions():
     """Text.total is what the longest problem takes when all is text: prefix and answer, each end counted."""
