@@ -52,6 +52,8 @@ def test_answers_are_greedy_text_after_the_thoughts():
                 x = torch.cat([x, model.wte(torch.tensor([[(text.eot, *written)[-1]]]))], dim=1)
                 written.append(model.logits(model(x)[0][0, -1]).argmax().item())
             assert len(set(written)) > 3 and said[row] == text.show(written) + "..." * (text.eos not in written)
+    (alone,) = co.answer(run, model, *co.think_through(run, model, PROBLEMS[:1]))
+    assert alone == said[0]
 
 def test_what_is_said_of_which_vectors():
     """ask() says the likeliest text after the whole prompt, of each reading, whitened where the oracle does so: after
@@ -92,7 +94,7 @@ def test_who_is_asked_what(monkeypatch):
     run, tests = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 40)
     scores = co.oracle_scores(run, None, tests, ["slot", "digit", "answer"])
     assert scores["slot"]["n"] == scores["step"]["n"] > scores["digit"]["n"] == scores["step"]["n_no_final"] > 60
-    assert scores["answer"]["n"] == 40
+    assert scores["answer"]["n"] == 40 and scores["answer"]["exact"] == 0.0  # it always says the step
     _, slots = co.readable(run.task, co.rng_of(0), [co.columns(47, 85)] * 3000)
     assert np.allclose(np.bincount(slots) / 3000, (0.4, 0.4, 0.2), atol=0.03)
 
@@ -151,6 +153,13 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
     train(run, 230, model=torch.nn.Linear(2, 2))
     want = [(step, 230, 1.5, 0.5, 32.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
     assert np.allclose(lines, want)
+
+def test_both_halves_of_a_block_are_compiled(monkeypatch):
+    """What is before attention and what is after it, for any number of rows."""
+    compiled, how = [], {"dynamic": True, "backend": "eager"}
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append((function.__name__, how)))
+    co.Block(8, 2).compile(backend="eager")
+    assert compiled == [("before", how), ("after", how)]
 
 def test_whitened_readings_are_finite():
     """Also along what does not vary at all."""
