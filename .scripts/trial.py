@@ -1,12 +1,14 @@
 """Tests of a changed cocoracle.py, in a copy and in a process of its own, for mutants.py."""
 
 import ast
+import inspect
 import json
 import os
 import shutil
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -31,8 +33,11 @@ def recording(tree, function=""):
         tree.body[1:1] = ast.parse(RECORD).body
     return tree
 
+def source_of(item):
+    return zlib.crc32(inspect.getsource(item.function).encode())
+
 class Plugin:
-    """Chooses and orders tests, limits {test: seconds}; or records those not in the record yet."""
+    """Chooses and orders tests, limits {test: seconds}; or records new and changed ones."""
 
     def __init__(self, record, limits=None, anew=True):
         self.record, self.limits, self.anew = record, limits, anew
@@ -42,7 +47,8 @@ class Plugin:
         self.cli, module.cli, self.mini = module.cli, self.run_cli, tuple(module.MINI)
         found, wanted = {item.nodeid: item for item in items}, self.limits
         if wanted is None:
-            wanted = [name for name in found if name not in self.record["tests"]]
+            known = {name: entry["source"] for name, entry in self.record["tests"].items()}
+            wanted = [name for name in found if known.get(name) != source_of(found[name])]
         items[:] = [found[name] for name in wanted if name in found]
 
     def called(self):
@@ -76,7 +82,7 @@ class Plugin:
         begin, done = time.time(), (yield)
         self.record["tests"][item.nodeid] = {
             "seconds": time.time() - begin, "called": self.called(),
-            "mini": "mini" in item.fixturenames}
+            "mini": "mini" in item.fixturenames, "source": source_of(item)}
         return done
 
 def test(plugin):
