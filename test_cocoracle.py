@@ -306,8 +306,7 @@ def test_iia_of_a_hand_made_model(monkeypatch):
         assert scores[name]["exact"] == 1.0 and scores[name]["n"] > 20, name
     assert scores["iia_two"]["n"] == scores["iia_three"]["n"] == scores["iia"]["n"] == 60 * 7
     assert scores["iia_size"]["n"] == 60 * 4  # inner slots that both sizes have
-    swap, mean = scores["keep"]["swap"]["exact"], scores["keep"]["mean"]["exact"]
-    assert swap == 0 and mean < 0.1 and set(scores["by_slot"]) == {"0", "1", "2", "3"}
+    assert scores["keep"]["swap"]["exact"] == 0 and scores["keep"]["mean"]["exact"] < 0.1 and len(scores["by_slot"]) == 4
 
 def test_iia_of_models_that_do_not_mean_it(monkeypatch):
     """Read right and not used: no answer changes. Used, but later thoughts do not follow: the flow is missed alone.
@@ -933,8 +932,7 @@ def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(co, "LOG_EVERY", 1)
     r = short(tmp_path / "run", "--thoughts", kind, "--digits", "2,3")
     thinks, copied = kind != "none", kind in ("pause", "plain", "bottleneck")
-    for section in ("oracle", "lora", "controls", "causal", "probes"):
-        assert (section in r) == thinks
+    assert all((section in r) == thinks for section in ("oracle", "lora", "controls", "causal", "probes"))
     assert all("at_switch" in stage for stage in r["coconut"]["stages"].values())
     assert (tmp_path / "run/oracle").exists() == copied == ("skill_after" in r.get("oracle", {}))
     assert ("answer" in r.get("oracle", {})) == copied and r["cost"]["thoughts"]["tokens"] == (3.5 if thinks else 0)
