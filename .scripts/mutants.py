@@ -20,7 +20,7 @@ import time
 import zlib
 from collections import Counter
 
-from mutate import applied, drawn, told
+from mutate import applied, drawn
 from trial import COPY, HOME, WORK, Plugin, recording, run
 
 SLOW = 30.0  # seconds of a test that mutants are spared
@@ -70,7 +70,7 @@ def main():
         record = load(WORK / "record.json", record)
     done = load(WORK / "results.json", {})
     explained = load(HOME / ".scripts" / "mutants.json", {})
-    chosen = {f"{m.function}: {told(m)}": m for m in drawn(source, tree, args.seed, args.count)}
+    chosen = drawn(source, tree, args.seed, args.count)
     for mini in (False, True):
         for number, (key, mutant) in enumerate(chosen.items()):
             verdict, _, tests, _ = done.get(key, ("", "", version, 0))

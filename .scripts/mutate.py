@@ -6,8 +6,8 @@ arguments, masks and calls such as .detach() dropped, no_grad and its like left,
 
 import ast
 import os
-import random
 import re
+import zlib
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,8 +31,7 @@ class Mutant(NamedTuple):
 @contextmanager
 def applied(mutant):
     """The tree with the change, for a while."""
-    old = getattr(mutant.parent, mutant.field)
-    new = mutant.new
+    old, new = getattr(mutant.parent, mutant.field), mutant.new
     if mutant.index is not None:
         new = [*old[:mutant.index], *([new] if new else []), *old[mutant.index + 1:]]
     setattr(mutant.parent, mutant.field, new)
@@ -40,7 +39,6 @@ def applied(mutant):
     setattr(mutant.parent, mutant.field, old)
 
 def like(node, **fields):
-    """A copy with some fields changed."""
     return type(node)(**{**dict(ast.iter_fields(node)), **fields})
 
 def put(items, index, new):
@@ -102,11 +100,9 @@ def mutants(parent, statement=None, function="", twice=()):
         for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
             if silent(field, node):
                 continue
-            here, where, names = statement, function, twice
-            if isinstance(node, ast.stmt):
-                here, found = node, statements(node, twice)
-            else:
-                found = expressions(node)
+            here = node if isinstance(node, ast.stmt) else statement
+            found = statements(node, twice) if here is node else expressions(node)
+            where, names = function, twice
             if field == "decorator_list":
                 found = [None] * bool(GUARDS.search(ast.unparse(node)))
             for new in found:
@@ -120,15 +116,6 @@ def mutants(parent, statement=None, function="", twice=()):
                 names = {name for name in stored if stored.count(name) > 1}
             if field != "decorator_list":
                 yield from mutants(node, here, where, names)
-
-def drawn(source, tree, seed, count):
-    """Mutants of the sections drawn from."""
-    section, sections = 1, {}
-    for line, words in enumerate(source.splitlines(), 1):
-        title = re.match(r"# (\d+)\. ", words)
-        sections[line] = section = int(title[1]) if title else section
-    every = [m for m in mutants(tree) if FIRST <= sections[m.statement.lineno] <= LAST]
-    return random.Random(seed).sample(every, count)
 
 def head(statement, whole=False):
     """A statement in one line; of one that has a body, what is before it."""
@@ -148,3 +135,15 @@ def told(mutant):
     begin = max(0, len(os.path.commonprefix([before, after])) - 40)
     end = max(0, len(os.path.commonprefix([before[::-1], after[::-1]])) - 25)
     return f"{before[begin:len(before) - end]} -> {after[begin:len(after) - end]}"
+
+def drawn(source, tree, seed, count):
+    """{words: Mutant}, drawn by the words: a change of the program changes few of them."""
+    section, sections, every = 1, {}, {}
+    for line, words in enumerate(source.splitlines(), 1):
+        title = re.match(r"# (\d+)\. ", words)
+        sections[line] = section = int(title[1]) if title else section
+    for mutant in mutants(tree):
+        if FIRST <= sections[mutant.statement.lineno] <= LAST:
+            every[f"{mutant.function}: {told(mutant)}"] = mutant
+    keys = sorted(every, key=lambda key: zlib.crc32(f"{seed} {key}".encode()))
+    return {key: every[key] for key in keys[:count]}
