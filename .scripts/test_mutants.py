@@ -1,11 +1,14 @@
 """Tests that mutants asked for, and of what makes them."""
 
 import ast
+import itertools
 from collections import defaultdict
 from types import SimpleNamespace
+from unittest import mock
 
 import mutate
 import numpy as np
+import pytest
 import torch
 import trial
 
@@ -52,6 +55,7 @@ def test_answers_are_greedy_text_after_the_thoughts():
                 x = torch.cat([x, model.wte(torch.tensor([[(text.eot, *written)[-1]]]))], dim=1)
                 written.append(model.logits(model(x)[0][0, -1]).argmax().item())
             assert len(set(written)) > 3 and said[row] == text.show(written) + "..." * (text.eos not in written)
+    assert co.coconut_loss(run, model, "2", co.rng_of(0), 1).right.shape == (1,)
     (alone,) = co.answer(run, model, *co.think_through(run, model, PROBLEMS[:1]))
     assert alone == said[0]
 
@@ -81,12 +85,13 @@ def test_the_longest_problem_is_counted_in_positions():
     assert co.try_out(run.task, run.text, (3,), True)[1] == positions.max()
 
 def test_tokens_before_the_answer(monkeypatch):
-    """Text tokens that were written, not the padding after them, and thoughts, a problem."""
+    """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""
     run, _ = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 8)
     read = co.read_problems
     monkeypatch.setattr(co, "read_problems", lambda *args: (*read(*args)[:2], torch.tensor([[7, -1]] * 8)))
+    monkeypatch.setattr(co, "time", SimpleNamespace(time=itertools.count().__next__))
     scores = co.stage_scores(run, None)
-    assert scores["tokens"] == 1 + 3 and scores["exact"] == 1.0
+    assert scores["tokens"] == 1 + 3 and scores["exact"] == 1.0 and scores["seconds"] == 1 / 8
 
 def test_who_is_asked_what(monkeypatch):
     """Of every thought the slot is asked, of all but finals a field, of finals alone the answer; final carries are
@@ -95,6 +100,10 @@ def test_who_is_asked_what(monkeypatch):
     scores = co.oracle_scores(run, None, tests, ["slot", "digit", "answer"])
     assert scores["slot"]["n"] == scores["step"]["n"] > scores["digit"]["n"] == scores["step"]["n_no_final"] > 60
     assert scores["answer"]["n"] == 40 and scores["answer"]["exact"] == 0.0  # it always says the step
+    final = co.columns(1, 1)[-1:]
+    assert co.step_scores(run.task, ["carry 0"], final)["exact"] == 1.0
+    lines = "47 + 85", "47+8", "047+085", "hello", ""
+    assert [run.task.typed(line) for line in lines] == [(47, 85), None, None, None, None]
     _, slots = co.readable(run.task, co.rng_of(0), [co.columns(47, 85)] * 3000)
     assert np.allclose(np.bincount(slots) / 3000, (0.4, 0.4, 0.2), atol=0.03)
 
@@ -140,7 +149,7 @@ def test_what_an_oracle_s_step_trains(monkeypatch):
 
 def test_what_a_log_line_says(tmp_path, monkeypatch):
     """Every 100 steps and after the last one: means of the steps since the last line, their speed, the time left."""
-    run, seconds, lines = run_of(out=tmp_path / "run"), [0.0], []
+    run, seconds, lines = run_of("--accumulate", 2, out=tmp_path / "run"), [0.0], []
 
     def step(*args):
         seconds[0] += 2.0  # a step takes so long
@@ -151,8 +160,47 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
     monkeypatch.setattr(co, "resume", lambda *args: 40)
     monkeypatch.setattr(co, "log", lambda run, phase, *line: lines.append(line))
     train(run, 230, model=torch.nn.Linear(2, 2))
-    want = [(step, 230, 1.5, 0.5, 32.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
+    want = [(step, 230, 1.5, 0.5, 64.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
     assert np.allclose(lines, want)
+
+def test_random_weights_are_of_the_right_size():
+    """Of every matrix, and of an adapter's."""
+    model = co.new_model(run_of())
+    co.add_lora(model)
+    mlp, std = model.h[0].mlp, 0.5 / 96**0.5
+    for matrix, wanted in ((model.wte.weight, std), (model.wpe.weight, std / 2), (mlp.c_fc.weight, std),
+                           (mlp.c_proj.weight, std / 6**0.5), (mlp.c_fc.lora_a, 1 / 96**0.5)):
+        assert abs(matrix.std() / wanted - 1) < 0.06
+
+def test_which_slot_is_exchanged(monkeypatch):
+    """In half of the batches one is, the last one twice as often as any other."""
+    run, slots = run_of("--digits", 3, "--batch-size", 2), []
+
+    def work(problem, given={}):
+        slots.extend(given)
+        return co.columns(*problem, given)
+
+    def stop(*args):
+        raise StopIteration
+
+    monkeypatch.setattr(run.task, "work", work)
+    monkeypatch.setattr(co, "make_batch", stop)
+    for step in range(1000):
+        with pytest.raises(StopIteration):
+            co.coconut_loss(run, None, "all", co.rng_of(step))
+    shares = np.bincount(slots) / 2000  # two problems a batch
+    assert np.allclose(shares, (0.1, 0.1, 0.1, 0.2), atol=0.03)
+
+def test_held_out_batches():
+    """At least four problems of each size, split evenly into batches that are no larger than told."""
+    batches = co.held_out(run_of("--digits", "2,3", "--eval-problems", 2), 3)
+    assert [len(batch) for batch in batches] == [2, 2, 2, 2] and len(set(sum(batches, []))) == 8
+
+def test_a_disk_too_full_for_a_first_byte(tmp_path, monkeypatch):
+    """Where not even an empty file could be made, that is told in one line, too."""
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(co.UserError, match="make room"):
+        co.save_last(run_of(out=tmp_path), "x", 1, torch.nn.Linear(2, 2), [])
 
 def test_both_halves_of_a_block_are_compiled(monkeypatch):
     """What is before attention and what is after it, for any number of rows."""
