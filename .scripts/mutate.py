@@ -144,6 +144,7 @@ def drawn(source, tree, seed, count):
         sections[line] = section = int(title[1]) if title else section
     for mutant in mutants(tree):
         if FIRST <= sections[mutant.statement.lineno] <= LAST:
-            every[f"{mutant.function}: {told(mutant)}"] = mutant
+            key = f"{mutant.function}: {told(mutant)}"
+            every[key + " (again)" * (key in every)] = mutant
     keys = sorted(every, key=lambda key: zlib.crc32(f"{seed} {key}".encode()))
     return {key: every[key] for key in keys[:count]}
