@@ -163,6 +163,13 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
     want = [(step, 230, 1.5, 0.5, 64.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
     assert np.allclose(lines, want)
 
+def test_a_step_s_figures_are_means_of_its_parts():
+    """Nats, and the share that is right, of all parts together."""
+    model, parts = torch.nn.Linear(2, 1), []
+    for nats, right in (1.0, [1.0, 0.0]), (4.0, [1.0, 1.0]):
+        parts.append(co.Loss(model(torch.ones(2)).sum(), torch.tensor(nats), torch.tensor(right)))
+    assert co.train_step(run_of("--accumulate", 2), model, [], parts).tolist() == [2.5, 0.75]
+
 def test_random_weights_are_of_the_right_size():
     """Of every matrix, and of an adapter's."""
     model = co.new_model(run_of())
