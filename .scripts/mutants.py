@@ -2,7 +2,7 @@
 
     python .scripts/mutants.py [--seed 0] [--count 150] [--only NUMBER ...]
 
-Mutants (mutate.py) are drawn at random over sections 3 to 11. First the unchanged program is
+Mutants (mutate.py) are drawn over sections 3 to 11, as if at random. First the unchanged program is
 tested (trial.py), to record which functions each test calls, in processes that it starts too. A
 mutant then has the tests that call its function, the fastest first, in one process, until one
 fails; those of the trained miniature only for what is left. It is trained anew, unless its training
@@ -23,8 +23,6 @@ from collections import Counter
 from mutate import applied, drawn
 from trial import COPY, HOME, WORK, Plugin, recording, run
 
-SLOW = 30.0  # seconds of a test that mutants are spared
-
 def load(path, default):
     return json.loads(path.read_text()) if path.exists() else default
 
@@ -37,7 +35,7 @@ def attempt(tree, mutant, record, mini):
     for name, entry in sorted(tests.items(), key=lambda each: each[1]["seconds"]):
         # what is in no function concerns every test
         concerned = function in entry["called"] or function not in known and entry["called"]
-        if concerned and entry["mini"] == mini and (mini or entry["seconds"] < SLOW):
+        if concerned and entry["mini"] == mini:
             limits[name] = 60 + 4 * (longest if mini else entry["seconds"])
     code, name = 0, ""
     if limits:

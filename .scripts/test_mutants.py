@@ -59,6 +59,14 @@ def test_answers_are_greedy_text_after_the_thoughts():
     (alone,) = co.answer(run, model, *co.think_through(run, model, PROBLEMS[:1]))
     assert alone == said[0]
 
+def test_forced_answers():
+    """An answer is right where each of its tokens is the likeliest after the true ones before; without gradients."""
+    run, graded = run_of("--digits", 3, "--thoughts", "plain"), []
+    model = wordy(run)
+    solved = co.solve(run, model, PROBLEMS)
+    model.register_forward_pre_hook(lambda *args: graded.append(torch.is_grad_enabled()))
+    assert co.forced(run, model, [solved] * 2) == [False] * 6 and graded == [False] * 2
+
 def test_what_is_said_of_which_vectors():
     """ask() says the likeliest text after the whole prompt, of each reading, whitened where the oracle does so: after
     the given question, or the one about the step."""
@@ -89,7 +97,7 @@ def test_tokens_before_the_answer(monkeypatch):
     run, _ = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 8)
     read = co.read_problems
     monkeypatch.setattr(co, "read_problems", lambda *args: (*read(*args)[:2], torch.tensor([[7, -1]] * 8)))
-    monkeypatch.setattr(co, "time", SimpleNamespace(time=itertools.count().__next__))
+    monkeypatch.setattr(co, "time", SimpleNamespace(time=itertools.count(5).__next__))
     scores = co.stage_scores(run, None)
     assert scores["tokens"] == 1 + 3 and scores["exact"] == 1.0 and scores["seconds"] == 1 / 8
 
