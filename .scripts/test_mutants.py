@@ -117,7 +117,7 @@ def test_who_is_asked_what(monkeypatch):
 
 def test_donations_and_what_follows(monkeypatch):
     """As many donors as a figure's name says; of next thoughts, those that changed and that readers know are asked."""
-    run, tests = by_hand(monkeypatch, "--digits", "2,3", "--eval-problems", 200)
+    run, tests = by_hand(monkeypatch, "--digits", "2,3", "--eval-problems", 100)
     test, hits = tests[1], defaultdict(list)
     found = dict(co.donations(run, tests, test, 1, co.rng_of(0)))
     assert {name: len(donors) for name, donors in found.items()} == {
@@ -205,10 +205,10 @@ def test_which_slot_is_exchanged(monkeypatch):
 
     monkeypatch.setattr(run.task, "work", work)
     monkeypatch.setattr(co, "make_batch", stop)
-    for step in range(1000):
+    for step in range(500):
         with pytest.raises(StopIteration):
             co.coconut_loss(run, None, "all", co.rng_of(step))
-    shares = np.bincount(slots) / 2000  # two problems a batch
+    shares = np.bincount(slots) / 1000  # two problems a batch
     assert np.allclose(shares, (0.1, 0.1, 0.1, 0.2), atol=0.03)
 
 def test_held_out_batches():
