@@ -183,6 +183,22 @@ def test_a_step_s_figures_are_means_of_its_parts():
         parts.append(co.Loss(model(torch.ones(2)).sum(), torch.tensor(nats), torch.tensor(right)))
     assert co.train_step(run_of("--accumulate", 2), model, [], parts).tolist() == [2.5, 0.75]
 
+def test_probes_learn_from_many_thoughts(monkeypatch):
+    """Thousands, made once for all steps of all probes: of fewer ones they would learn by heart."""
+    run, made = run_of("--digits", 2), []
+
+    def think_through(run, model, problems):
+        made.append(len(problems))
+        return None, [co.Thought(None, None, torch.randn(len(problems), 96))] * 3
+
+    monkeypatch.setattr(co, "think_through", think_through)
+    monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, rates, loss_of: [
+        loss_of(step, co.rng_of(step)) for step in (0, 9999)])
+    for name in "load_model", "write_safetensors":
+        monkeypatch.setattr(co, name, lambda *args: None)
+    co.train_probes(run)
+    assert made == [1000, 8000]  # the whitener's, the probes'
+
 def test_random_weights_are_of_the_right_size():
     """Of every matrix, and of an adapter's."""
     model = co.new_model(run_of())
