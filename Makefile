@@ -17,6 +17,10 @@ parity: .venv/test.ok
 torture: .venv/test.ok
 	COCORACLE_LONG=torture $(BIN)/python -m pytest -q -s test_cocoracle.py .scripts -k "killed_at or altered or mutated or compiled or every_kind or device"
 
+# 150 mutants of cocoracle.py, drawn by a machine: do the tests notice? An hour. `make mutants ARGS="--seed 1"`
+mutants: .venv/test.ok
+	OMP_NUM_THREADS=1 $(BIN)/python .scripts/mutants.py $(ARGS)
+
 # All kinds of thoughts over seeds, trained alike: hours. The same again goes on where it was stopped.
 # `make compare SEEDS=2 JOBS=2 ARGS="--digits 2,3" KINDS="plain faithful"`
 COMPARE ?= runs/compare
@@ -73,4 +77,4 @@ clean:
 
 export KINDS ?= faithful explained plain bottleneck pause none random
 
-.PHONY: run test parity torture compare bench memory seed gpu shape coverage fresh clean
+.PHONY: run test parity torture mutants compare bench memory seed gpu shape coverage fresh clean

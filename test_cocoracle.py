@@ -91,9 +91,9 @@ def test_segments_are_a_cache():
     ids = torch.randint(run.text.size, (3, 12))
     whole, _, _ = model(model.wte(ids))
     first, a, _ = model(model.wte(ids[:, :5]))
-    second, b, _ = model(model.wte(ids[:, 5:9]), [a], 5)
-    third, _, _ = model(model.wte(ids[:, 9:]), [a, b], 9, last=2)
-    assert near(torch.cat([first, second], 1), whole[:, :9]) and near(third, whole[:, 10:])
+    second, b, _ = model(model.wte(ids[:, 5:7]), [a], 5)
+    third, _, _ = model(model.wte(ids[:, 7:]), [a, b], 7, last=2)
+    assert near(torch.cat([first, second], 1), whole[:, :7]) and near(third, whole[:, 10:])
     padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids[:, :5]], dim=1)
     valid = torch.ones(3, 9, dtype=torch.bool)
     valid[:, :4] = False
@@ -306,7 +306,7 @@ def test_iia_of_a_hand_made_model(monkeypatch):
         assert scores[name]["exact"] == 1.0 and scores[name]["n"] > 20, name
     assert scores["iia_two"]["n"] == scores["iia_three"]["n"] == scores["iia"]["n"] == 60 * 7
     assert scores["iia_size"]["n"] == 60 * 4  # inner slots that both sizes have
-    assert scores["keep"]["swap"]["exact"] == 0.0 and set(scores["by_slot"]) == {"0", "1", "2", "3"}
+    assert scores["keep"]["swap"]["exact"] == 0 and scores["keep"]["mean"]["exact"] < 0.1 and len(scores["by_slot"]) == 4
 
 def test_iia_of_models_that_do_not_mean_it(monkeypatch):
     """Read right and not used: no answer changes. Used, but later thoughts do not follow: the flow is missed alone.
@@ -497,7 +497,7 @@ def test_never_read_steps_reach_no_reader(monkeypatch):
     """What is asked of readers in training, by the explaining loss (of exchanged sums too), oracles and probes, is
     never a step of a held-out digit pair, in either order; all others are asked. Tests report them apart."""
     pairs = {tuple(sorted(p)) for p in co.Sums.NEVER_READ}
-    assert len(pairs) == 6 and all(a <= b for a, b in co.Sums.NEVER_READ)
+    assert len(pairs) == 6 and all(a <= b for a, b in co.Sums.NEVER_READ) and set(sum(pairs, ())) == set(range(10))
     run = run_of("--digits", "2", "--batch-size", 32)
     task, model, shown = run.task, rough(run), set()
     truth = co.truth
@@ -937,8 +937,8 @@ def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(co, "LOG_EVERY", 1)
     r = short(tmp_path / "run", "--thoughts", kind, "--digits", "2,3")
     thinks, copied = kind != "none", kind in ("pause", "plain", "bottleneck")
-    for section in ("oracle", "lora", "controls", "causal", "probes"):
-        assert (section in r) == thinks
+    assert all((section in r) == thinks for section in ("oracle", "lora", "controls", "causal", "probes"))
+    assert all("at_switch" in stage for stage in r["coconut"]["stages"].values())
     assert (tmp_path / "run/oracle").exists() == copied == ("skill_after" in r.get("oracle", {}))
     assert ("answer" in r.get("oracle", {})) == copied and r["cost"]["thoughts"]["tokens"] == (3.5 if thinks else 0)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -1004,9 +1004,9 @@ def test_compiled_blocks_never_fall_back(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("sys.stdin", io.StringIO("47+85\n? 0 What?\nswap 0 31+22"))
     assert co.command_line(["--stage", "ask", "--compile", "--dtype", "bfloat16", "--out", str(tmp_path / "run")]) == 0
     assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 16
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # so that the limit is hit: it must be told
     torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    limit, hit = torch._dynamo.config.patch(recompile_limit=1), torch._dynamo.exc.FailOnRecompileLimitHit
+    with limit, pytest.raises(hit):  # it must be told
         co.command_line([*SHORT, "--thoughts", kind, "--compile", "--out", str(tmp_path / "other")])
 
 class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
