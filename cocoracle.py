@@ -438,7 +438,7 @@ def try_out(task, text, cfg, exchanges):
         try:
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             tests = task.draw(rng_of(0, "held out"), SPLITS[cfg.split], size, 4)
-            if not drawn or len(tests) < 4:  # exchanges need three other problems
+            if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
                 raise UserError(f"the task's draw: of size {size}, {len(drawn)} problems to train "
                                 f"on and {len(tests)} of 4 for {cfg.split}")
             for problem in drawn:
@@ -1549,7 +1549,9 @@ def oracle_scores(run, oracle, tests, families):
             said = ask(run, oracle, readings)
             scores[name] = step_scores(task, said, [a.step for a in about])
     readings, about = everything(task, tests)
-    for family in families[1:]:
+    for family in families:
+        if family in scores:
+            continue  # the step
         rows = []
         for row, a in enumerate(about):
             if family in WHOLE:

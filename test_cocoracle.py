@@ -794,6 +794,11 @@ def mini(tmp_path_factory):
     assert results.exists(), (folder / "ended").read_text()
     return out, json.loads(results.read_text()), (folder / "printed").read_text()
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """The whole program on a smaller model still."""
+    monkeypatch.setitem(co.SIZES, "tiny", co.Size(2, 2, 32, 256))
+
 def short(out, *args):
     """A whole run of few steps in this process -> its results."""
     assert co.command_line([*SHORT, "--out", str(out), *args]) == 0
@@ -932,7 +937,7 @@ def test_the_model_card_thinks(mini, capsys, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["none", "plain", *(pytest.param(kind, marks=TORTURE) for kind in (
     "pause", "bottleneck", "explained"))])
-def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
+def test_every_kind_runs_whole(tmp_path, monkeypatch, narrow, kind):
     """Each kind trains, is measured and reported; sections that it cannot have are absent."""
     monkeypatch.setattr(co, "LOG_EVERY", 1)
     r = short(tmp_path / "run", "--thoughts", kind, "--digits", "2,3")
@@ -950,7 +955,7 @@ def test_every_kind_runs_whole(tmp_path, monkeypatch, kind):
     assert (splits[0]["split"], splits[1]["config"]["split"]) == ("test", "validation")
     assert "validation problems" in co.headline(splits[1])
 
-def test_which_model_each_section_gets(tmp_path, monkeypatch):
+def test_which_model_each_section_gets(tmp_path, monkeypatch, narrow):
     """Of a plain run: oracle and controls ask the fine-tuned copy, lora the adapter's model, both of whitened thoughts
     of the coconut; skill_after is the copy's; causal exchanges thoughts in the coconut and asks the copy."""
     out, seen = tmp_path / "run", []
@@ -977,7 +982,7 @@ def test_which_model_each_section_gets(tmp_path, monkeypatch):
         *[("stage_scores", "coconut")] * 2, ("stage_scores", "oracle"), ("oracle_scores", "oracle"),
         ("oracle_scores", "lora"), ("control_scores", "oracle"), ("causal_scores", "coconut", "oracle")])
 
-def test_everything_is_measured_in_the_precision_of_training(tmp_path, monkeypatch):
+def test_everything_is_measured_in_the_precision_of_training(tmp_path, monkeypatch, narrow):
     """With bfloat16, every forward pass of an evaluation, causal figures included, runs on weights cast to it."""
     out, casts = tmp_path / "run", []
     short(out, "--dtype", "bfloat16")
@@ -992,7 +997,7 @@ def test_everything_is_measured_in_the_precision_of_training(tmp_path, monkeypat
     assert len(casts) > 100 and all(casts)
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("faithful", marks=TORTURE)])
-def test_compiled_blocks_never_fall_back(tmp_path, monkeypatch, kind):
+def test_compiled_blocks_never_fall_back(tmp_path, monkeypatch, narrow, kind):
     """A whole run with compiled blocks (backend: eager), LoRA, evaluation and ask included, stays within the compiler's
     limit of graphs, which would raise."""
     torch._dynamo.reset()
@@ -1104,7 +1109,7 @@ def test_released_weights_equal_transformers(tmp_path, model):
     """At real sizes: logits within 1e-3, 24 greedy tokens the same; in bfloat16 within 5% of the logits' spread."""
     theirs = released(tmp_path, co.SIZES[model])
     run = run_of("--model", model, "--weights", tmp_path)
-    ours, ids = co.load_model(run, "base"), torch.randint(50257, (2, 20))
+    ours, ids = co.new_model(run, co.released_weights(run)), torch.randint(50257, (2, 20))
     with torch.no_grad():
         logits = theirs(ids).logits
         hidden, segment, _ = ours(ours.wte(ids))

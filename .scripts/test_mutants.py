@@ -90,7 +90,7 @@ def test_the_longest_problem_is_counted_in_positions():
     problems = run.task.draw(co.rng_of(0, "longest", 3), co.TRAIN, 3, 300)
     batch = co.make_batch(run, problems, [run.task.work(problem) for problem in problems], 4)
     positions = batch.valid.sum(1) + (batch.answer_target != co.IGNORE).sum(1)
-    assert co.try_out(run.task, run.text, (3,), True)[1] == positions.max()
+    assert co.try_out(run.task, run.text, run.cfg, True)[1] == positions.max()
 
 def test_tokens_before_the_answer(monkeypatch):
     """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""
@@ -164,7 +164,8 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
     """Every 100 steps and after the last one: means of the steps since the last line, their speed, the time left."""
     run, seconds, lines = run_of("--accumulate", 2, out=tmp_path / "run"), [0.0], []
 
-    def step(*args):
+    def step(run, model, optimizers, losses):
+        assert len(list(losses)) == 2
         seconds[0] += 2.0  # a step takes so long
         return torch.tensor([1.5, 0.5])
 
@@ -172,8 +173,8 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
     monkeypatch.setattr(co, "train_step", step)
     monkeypatch.setattr(co, "resume", lambda *args: 40)
     monkeypatch.setattr(co, "log", lambda run, phase, *line: lines.append(line))
-    train(run, 230, model=torch.nn.Linear(2, 2))
-    want = [(step, 230, 1.5, 0.5, 64.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
+    train(run, 230, model=torch.nn.Linear(2, 2), loss_of=lambda step, rng: co.Loss(None, None, torch.ones(32)))
+    want = [(step, 230, 1.5, 0.5, 32.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
     assert np.allclose(lines, want)
 
 def test_a_step_s_figures_are_means_of_its_parts():
@@ -197,7 +198,7 @@ def test_probes_learn_from_many_thoughts(monkeypatch):
     for name in "load_model", "write_safetensors":
         monkeypatch.setattr(co, name, lambda *args: None)
     co.train_probes(run)
-    assert made == [1000, 8000]  # the whitener's, the probes'
+    assert made == [1000] * 9  # the whitener's, the probes'
 
 def test_random_weights_are_of_the_right_size():
     """Of every matrix, and of an adapter's."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cocoracle as co
-from test_cocoracle import BPE, HERE, SHORT, asked, cli, run_of, short
+from test_cocoracle import BPE, HERE, SHORT, asked, cli, narrow, run_of, short  # noqa: F401
 
 SEED = Path(co.__file__).parent / ".scripts" / "seed.py"
 
@@ -241,7 +241,7 @@ def test_draws_of_coconuts_files(monkeypatch, tmp_path, capsys):
     assert done.returncode == 2 and list(tmp_path.iterdir()) == [path]
     assert done.stderr == "error: coconut_json.py has problems of one size: use --digits 1\n"
 
-def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narrow):
     """Finished runs are left alone, stopped ones resumed; the random row has trained readers of an untrained model, and
     the table the mean, least and most of each figure over seeds."""
     script = module_of(".scripts/compare.py")
