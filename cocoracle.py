@@ -269,7 +269,7 @@ class Sums:
         """n problems of one size. Held-out ones are distinct up to order, and maybe fewer."""
         problems, seen = [], set()
         numbers = rng.integers(10 ** (size - 1), 10**size, size=(40 * n + 1000, 2))
-        for a, b in numbers.tolist():
+        for a, b in map(np.ndarray.tolist, numbers):  # only as many as are looked at
             key = f"{min(a, b)}+{max(a, b)}"  # b+a is where a+b is
             if split_of(key) == split and (split == TRAIN or key not in seen):
                 seen.add(key)

@@ -58,7 +58,7 @@ def near(a, b, tolerance=1e-4):
 
 def cli(*args, cwd=None, env=None):
     return subprocess.run([PY, str(HERE / "cocoracle.py"), *map(str, args)], capture_output=True, text=True,
-                          cwd=cwd or HERE, check=False, timeout=300, env={**os.environ, **(env or {})})
+                          cwd=cwd or HERE, check=False, timeout=900, env={**os.environ, **(env or {})})
 
 PROBLEMS = [(347, 285), (158, 667), (999, 101)]
 
@@ -775,24 +775,35 @@ SHORT = ("--digits 2 --batch-size 4 --train-text 3 --train-mixed 1 --train-laten
 
 TORTURE = pytest.mark.skipif(os.environ.get("COCORACLE_LONG") != "torture", reason="minutes long: make torture")
 
-@pytest.fixture(scope="session")
-def mini(tmp_path_factory):
-    """-> folder of a finished run of faithful thoughts, trained for a minute; its results; what it printed."""
-    # one for all processes of this test run
-    name = f"mini-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
-    folder = tmp_path_factory.getbasetemp().parent / name
-    out = folder / "run"
+def train_mini(folder):
+    """Train the miniature, once for all processes of this test run."""
     try:
         folder.mkdir()
-        done = cli(*MINI, "--out", out)
-        (folder / "printed").write_text(done.stdout)
-        (folder / "ended").write_text(done.stderr)
     except FileExistsError:
-        while not (folder / "ended").exists():
+        return
+    done = cli(*MINI, "--out", folder / "run")
+    (folder / "printed").write_text(done.stdout)
+    (folder / "ended").write_text(done.stderr)
+
+@pytest.fixture(scope="session", autouse=True)
+def miniature(request, tmp_path_factory):
+    """Where the miniature is. Beside other processes its training begins before the first test, so that none waits."""
+    uid = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.getbasetemp().parent / f"mini-{uid or os.getpid()}"
+    if uid and any("mini" in item.fixturenames for item in request.session.items):
+        threading.Thread(target=train_mini, args=(folder,), daemon=True).start()
+    return folder
+
+@pytest.fixture(scope="session")
+def mini(miniature):
+    """-> folder of a finished run of faithful thoughts, trained for a minute; its results; what it printed."""
+    train_mini(miniature)
+    for _ in range(1800):
+        if not (miniature / "ended").exists():
             time.sleep(0.5)
-    results = out / "results.json"
-    assert results.exists(), (folder / "ended").read_text()
-    return out, json.loads(results.read_text()), (folder / "printed").read_text()
+    results = miniature / "run/results.json"
+    assert results.exists(), (miniature / "ended").read_text()
+    return miniature / "run", json.loads(results.read_text()), (miniature / "printed").read_text()
 
 @pytest.fixture
 def narrow(monkeypatch):
