@@ -1025,32 +1025,6 @@ def test_compiled_blocks_never_fall_back(tmp_path, monkeypatch, narrow, kind):
     with limit, pytest.raises(hit):  # it must be told
         co.command_line([*SHORT, "--thoughts", kind, "--compile", "--out", str(tmp_path / "other")])
 
-class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
-    """No operation but a copy takes tensors of two devices, numbers aside."""
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
-        assert len({x.device for x in tensors}) < 2 or "copy" in str(func), func
-        return func(*args, **(kwargs or {}))
-
-@pytest.mark.parametrize("kind", ["faithful", *(pytest.param(kind, marks=TORTURE) for kind in ("pause", "none"))])
-def test_training_keeps_to_its_device(monkeypatch, kind):
-    """Losses, gradients and reading of a model on another device (meta: no numbers): nothing is left on the CPU."""
-    run = run_of("--thoughts", kind, "--digits", "3", "--batch-size", "4")
-    run = run._replace(cfg=dataclasses.replace(run.cfg, device="meta"))
-    model = co.new_model(run)
-    monkeypatch.setattr(co, "evaluating", lambda run, model: torch.no_grad())  # meta has no autocast
-    with OneDevice():
-        for stage, step in (("0", 0), ("2", 0), *(("all", step) for step in range(4))):
-            loss = co.coconut_loss(run, model, stage, co.rng_of(0, step))
-            loss.total.backward()
-            assert loss.right.device.type == model.wte.weight.grad.device.type == "meta"
-        problems = run.task.draw(co.rng_of(0), co.TRAIN, 3, 4)
-        if run.cfg.kind.thoughts:
-            readings = torch.stack([thought.reading for thought in co.think_through(run, model, problems)[1]], dim=1)
-            works = [run.task.work(problem) for problem in problems]
-            questions, targets, *where = co.draw_questions(run, co.rng_of(1), ["step", "slot"], problems, works)
-            co.oracle_loss(run, model, questions, targets, co.pick(readings, *where))[0].backward()
-
 KILLED = """import sys, cocoracle as co
 co.SAVE_EVERY, co.LOG_EVERY = 0, 2
 sys.exit(co.command_line(sys.argv[1:]))"""

@@ -11,7 +11,6 @@ not keep; what the allocator and the compiler waste is not.
 import sys
 from pathlib import Path
 
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 

@@ -1,6 +1,7 @@
 """Tests of the scripts and tasks beside cocoracle.py: the seed's checkpoints, the comparison, speed, the GPU, tasks."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import cocoracle as co
-from test_cocoracle import BPE, HERE, SHORT, asked, cli, narrow, run_of, short  # noqa: F401
+from test_cocoracle import BPE, HERE, SHORT, TORTURE, asked, cli, narrow, run_of, short  # noqa: F401
 
 SEED = Path(co.__file__).parent / ".scripts" / "seed.py"
 
@@ -180,6 +181,32 @@ def test_memory_worked_out_is_that_of_real_tensors(monkeypatch):
     fake = memory.memory(run)
     monkeypatch.setattr(memory, "FakeTensorMode", lambda **how: contextlib.nullcontext())
     assert memory.memory(run) == fake and fake["in all"] > 4 * fake["weights"] > 16 * run.text.size * 32
+
+class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
+    """No operation but a copy takes tensors of two devices, numbers aside."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+        assert len({x.device for x in tensors}) < 2 or "copy" in str(func), func
+        return func(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize("kind", ["faithful", *(pytest.param(kind, marks=TORTURE) for kind in ("pause", "none"))])
+def test_training_keeps_to_its_device(monkeypatch, kind):
+    """Losses, gradients and reading of a model on another device (meta: no numbers): nothing is left on the CPU."""
+    run = run_of("--thoughts", kind, "--digits", "3", "--batch-size", "4")
+    run = run._replace(cfg=dataclasses.replace(run.cfg, device="meta"))
+    model = co.new_model(run)
+    monkeypatch.setattr(co, "evaluating", lambda run, model: torch.no_grad())  # meta has no autocast
+    with OneDevice():
+        for stage, step in (("0", 0), ("2", 0), *(("all", step) for step in range(4))):
+            loss = co.coconut_loss(run, model, stage, co.rng_of(0, step))
+            loss.total.backward()
+            assert loss.right.device.type == model.wte.weight.grad.device.type == "meta"
+        problems = run.task.draw(co.rng_of(0), co.TRAIN, 3, 4)
+        if run.cfg.kind.thoughts:
+            readings = torch.stack([thought.reading for thought in co.think_through(run, model, problems)[1]], dim=1)
+            works = [run.task.work(problem) for problem in problems]
+            questions, targets, *where = co.draw_questions(run, co.rng_of(1), ["step", "slot"], problems, works)
+            co.oracle_loss(run, model, questions, targets, co.pick(readings, *where))[0].backward()
 
 def failed(folder):
     return [name for name, check in co.load_json(folder / "checks.json").items() if not check["ok"]]
