@@ -1,6 +1,7 @@
 """Pointer chasing: a random map of ten symbols, a start, and as many hops as --digits says.
     python cocoracle.py --task .tasks/hops.py --digits 3-6
-In `3702914856,4,3=`, 0 leads to 3, 1 to 7, ...; three hops from 4 are `4>9`, `9>6`, `6>4`."""
+In `3702914856,4,3=`, 0 leads to 3, 1 to 7, ...; three hops from 4 are `4>9`, `9>6`, `6>4`.
+After a step that is given the walk goes on from there, by its own map."""
 
 import cocoracle as co
 
@@ -21,8 +22,7 @@ class Task:
     def text(self, problem):
         return "{},{},{}=".format(*problem)
 
-    def work(self, problem, given={}):
-        """A step is (from, to). After a given one the walk goes on from there, by its own map."""
+    def work(self, problem, given={}):  # steps: (from, to)
         links, at, size = problem
         steps = []
         for slot in range(size):
