@@ -134,7 +134,7 @@ def flag(default, help, choices=None, low=1):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob, with defaults (of released weights: see RELEASED). The command line is made of it."""
+    """Every knob (released weights have other defaults: RELEASED). The command line is made of it."""
     stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
     model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))
@@ -1248,7 +1248,8 @@ def explain_loss(run, model, rng, problems, works, thoughts, slot):
     (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
     n_text = len(works[0]) - len(thoughts)
     low = slot if slot is not None and rng.random() < 0.5 else n_text
-    if all(run.task.never_read(step) for steps in works for step in steps[low:]):
+    asked = sum([steps[low:] for steps in works], [])
+    if all(map(run.task.never_read, asked)):
         return torch.zeros((), device=run.cfg.device)
     families = families_of(run, whole=False)
     questions, targets, rows, slots = draw_questions(run, rng, families, problems, works, low)
@@ -1864,7 +1865,8 @@ def page(run, results):
         first, f"<pre>{html.escape(tables(results))}</pre>", *curves, *others,
         f"<h2>The run</h2><p>{html.escape(about)}</p></html>\n"])
 
-MODELS = {"base": "after stage 0, all text; or the released GPT-2", "coconut": "the model that thinks",
+MODELS = {"base": "after stage 0, all text; or the released GPT-2",
+          "coconut": "the model that thinks",
           "oracle": "the coconut, fine-tuned to read the thoughts of its former self",
           "lora": "an adapter of base, trained to read the coconut's thoughts"}
 CARD = """# {name}: {role}
@@ -1904,8 +1906,8 @@ def write_cards(run, results):
     view, kind = results["examples"][0], run.cfg.kind
     own = "out.last_hidden_state[:, -1:]"
     filled = {
-        "config": json.dumps(results["config"]), "problem": view["problem"], "answer": view["answer"],
-        "prompt": view["problem"] + "<bot>",
+        "config": json.dumps(results["config"]), "problem": view["problem"],
+        "prompt": view["problem"] + "<bot>", "answer": view["answer"],
         "count": len(view["said"]), "told": headline(results), "tables": tables(results),
         "fed": "a thought is fed " + ("<bot>" if kind.pause else "the last hidden state"),
         "x": "model.transformer.wte(ids[:, -1:])" if kind.pause else own,
@@ -2123,7 +2125,8 @@ def load_task(cfg):
         if not hasattr(task, name):
             raise UserError(f"--task {cfg.task}: class Task has no {name}, see Sums")
     if {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"}:
-        raise UserError(f"--task {cfg.task}: FIELDS has a name that the program uses: {task.FIELDS}")
+        raise UserError(f"--task {cfg.task}: FIELDS has a name that the program uses, of "
+                        f"{', '.join(NOUNS)}")
     return task
 
 def open_run(cfg):
@@ -2166,7 +2169,7 @@ def main(argv=None):
         work, name = PARTS[part]
         if part == "eval" or not (run.out / name).exists():
             last = load_last(run)
-            before = last.get("seconds", 0.0) if last.get("phase", " ").split()[:1] == [part] else 0.0
+            before = last["seconds"] if last.get("phase", "").startswith(part) else 0.0
             run = run._replace(start=time.time() - before)
             work(run)
             seconds = load_json(run.out / "results.json").get("seconds", {})

@@ -306,7 +306,8 @@ def test_iia_of_a_hand_made_model(monkeypatch):
         assert scores[name]["exact"] == 1.0 and scores[name]["n"] > 20, name
     assert scores["iia_two"]["n"] == scores["iia_three"]["n"] == scores["iia"]["n"] == 60 * 7
     assert scores["iia_size"]["n"] == 60 * 4  # inner slots that both sizes have
-    assert scores["keep"]["swap"]["exact"] == 0 and scores["keep"]["mean"]["exact"] < 0.1 and len(scores["by_slot"]) == 4
+    assert scores["keep"]["swap"]["exact"] == 0 and scores["keep"]["mean"]["exact"] < 0.1
+    assert set(scores["by_slot"]) == {"0", "1", "2", "3"}
 
 def test_iia_of_models_that_do_not_mean_it(monkeypatch):
     """Read right and not used: no answer changes. Used, but later thoughts do not follow: the flow is missed alone.
@@ -868,7 +869,8 @@ def test_evaluating_again_gives_the_same_figures(mini, tmp_path):
     ("--stage eval --thoughts plain", "faithful"), ("--stage eval --seed 1", "has 0"),
     ("--stage lora --digits 2-4", "(2,)"),
     ("--stage ask --read-layer 1", "0.5"), ("--resume --train-text 7", "150"), ("--stage eval --model gpt2", "tiny"),
-    ("--stage probes --resume --train-probes 7", "200"), ("--stage oracle", "KINDS"), ("", "--resume"), ("--stage coconut", "--resume"), ("--stage lora", "--resume")])
+    ("--stage probes --resume --train-probes 7", "200"), ("--stage oracle", "KINDS"), ("", "--resume"),
+    ("--stage coconut", "--resume"), ("--stage lora", "--resume")])
 def test_contradictions_with_a_run(mini, capsys, args, says):
     """Flags that contradict the run in --out, and parts that it has, are refused, naming what the run has."""
     out, _, _ = mini
@@ -963,8 +965,7 @@ def test_every_kind_runs_whole(tmp_path, monkeypatch, narrow, kind):
         assert co.command_line(["--stage", "ask", "--out", str(tmp_path / "run")]) in (0, 2)
     assert co.command_line(f"--stage eval --split validation --out {tmp_path}/run --device cpu".split()) == 0
     splits = [json.loads((tmp_path / "run" / name).read_text()) for name in ("config.json", "results.json")]
-    assert (splits[0]["split"], splits[1]["config"]["split"]) == ("test", "validation")
-    assert "validation problems" in co.headline(splits[1])
+    assert splits[0]["split"] == "test" and "validation problems" in co.headline(splits[1])
 
 def test_which_model_each_section_gets(tmp_path, monkeypatch, narrow):
     """Of a plain run: oracle and controls ask the fine-tuned copy, lora the adapter's model, both of whitened thoughts

@@ -361,7 +361,8 @@ def test_a_task_of_ones_own(tmp_path):
     ("f\"left", "f\"<sep>left", "say .* special tokens: problem 8"), ("str(steps[-1])", "steps[-1]", "TypeError"),
     ("str(steps[-1])", "\"\\ud800\"", "spell: plain text"), ("{\"left\": step}", "{}", "fields: .*problem 8"),
     ("return False", "return True", "never_read: .*size 3"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
-    ("n)]", "n if split < 2 else 3)]", "draw: of size 3, .* 3 of 4 for test"), ("n)]", "n if split else 0)]", "draw: .*size 3"),
+    ("n)]", "n if split < 2 else 3)]", "draw: of size 3, .* 3 of 4 for test"),
+    ("n)]", "n if split else 0)]", "draw: .*size 3"),
     ("size(self, problem): return 3", "size(self, problem): return 4", "size: not 3: problem 8")])
 def test_a_mistake_in_a_task(tmp_path, capsys, good, bad, says):
     """It is one line that names the method and the problem, exit 2, and nothing is written."""
