@@ -134,7 +134,7 @@ def flag(default, help, choices=None, low=1):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob (released weights have other defaults: RELEASED). The command line is made of it."""
+    """Every knob (for released weights: RELEASED). The command line is made of these fields."""
     stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
     model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))

@@ -86,10 +86,10 @@ def summary(folder, kinds, seeds):
     return {kind: rows for kind, rows in table.items() if rows["seeds"]}
 
 def markdown(table):
-    """A row for each figure, a column for each kind: mean (least to most)."""
+    """A row for each figure, a column for each kind and its n seeds: mean (least to most)."""
     kinds = list(table)
-    lines = ["| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|",
-             "| seeds | " + " | ".join(str(len(table[kind]["seeds"])) for kind in kinds) + " |"]
+    heads = [f"{kind}, n={len(table[kind]['seeds'])}" for kind in kinds]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 1) + "|"]
     for column in COLUMNS:
         cells = []
         for kind in kinds:
