@@ -5,6 +5,7 @@ BIN = .venv/bin
 
 run: .venv/run.ok
 	$(BIN)/python cocoracle.py --stage all $(ARGS)
+	$(BIN)/python .scripts/cards.py $(ARGS)
 
 test: .venv/test.ok
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal test_cocoracle.py .scripts
@@ -28,6 +29,10 @@ SEEDS ?= 5
 JOBS ?= 1
 compare: .venv/run.ok
 	$(BIN)/python .scripts/compare.py $(COMPARE) $(SEEDS) $(JOBS) $(ARGS)
+
+# Model cards beside the models of a finished run: `make cards ARGS="--out runs/tiny"`; `make run` does it too.
+cards: .venv/run.ok
+	$(BIN)/python .scripts/cards.py $(ARGS)
 
 # Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
 bench: .venv/run.ok
@@ -77,4 +82,4 @@ clean:
 
 export KINDS ?= faithful explained plain bottleneck pause none random
 
-.PHONY: run test parity torture mutants compare bench memory seed gpu shape coverage fresh clean
+.PHONY: run test parity torture mutants compare cards bench memory seed gpu shape coverage fresh clean

@@ -410,45 +410,40 @@ class Text:
             kept.append(token)
         return self.enc.decode(kept)
 
-def token_ids(task, text, problem, like, exchanges):
-    """Ids of a problem, its answer and its steps, for try_out(). `like`: the steps of another one
-    of its size. Raises UserError where a method of the task does not do what it should."""
-    steps = task.work(problem)
-    given = task.work(problem, {0: like[0]}) if exchanges else like
-    written = [task.text(problem), task.spell(steps), *map(task.say, steps)]
-    ids = [text.ids(words) for words in written]
-    again = [text.enc.decode(part) for part in ids if max(part, default=0) < text.eos]
-    names = [[*task.fields(step)] for step in steps if task.fields(step) is not None]
-    for kept, rule in (
-        (len(steps) == len(like), f"work: {len(steps)} steps, of others of its size {len(like)}"),
-        (given[0] == like[0], "work: a given step must be taken as it stands"),
-        (again == written, "text, say and spell: plain text, no special tokens"),
-        (all(each == [*task.FIELDS] for each in names), "fields: None, or values of all FIELDS")):
-        if not kept:
-            raise UserError(f"the task's {rule}: problem {problem!r:.80}")
-    return ids
-
 def try_out(task, text, cfg, exchanges):
     """Work some problems of each size, so that a mistake in a task of your own costs one line, and
-    no training -> tokens of the longest problem, step or answer, where greedy writing gives up, and
-    of the longest whole. Raises UserError with the method and the problem."""
-    longest = total = 0
+    no training -> most steps of a problem; tokens of the longest problem, step or answer, where
+    greedy writing gives up; of the longest whole. Raises UserError with the method and problem."""
+    sizes = []
     for size in cfg.digits:
-        problem, like, left = f"of size {size}", None, 0
+        problem = f"of size {size}"
         try:
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             tests = task.draw(rng_of(0, "held out"), SPLITS[cfg.split], size, 4)
-            if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
+            if not drawn or len(tests) < 4:  # exchanges need three other problems
                 raise UserError(f"the task's draw: of size {size}, {len(drawn)} problems to train "
                                 f"on and {len(tests)} of 4 for {cfg.split}")
+            like, left = task.work(drawn[0]), 0
             for problem in drawn:
-                if task.size(problem) != size:
-                    raise UserError(f"the task's size: not {size}: problem {problem!r:.80}")
-                like = like or task.work(problem)
-                left += not all(map(task.never_read, task.work(problem)))
-                lengths = [len(ids) for ids in token_ids(task, text, problem, like, exchanges)]
-                longest = max(longest, *lengths)
-                total = max(total, sum(lengths) + len(lengths))
+                steps = task.work(problem)
+                given = task.work(problem, {0: like[0]}) if exchanges else like
+                written = [task.text(problem), task.spell(steps), *map(task.say, steps)]
+                ids = [text.ids(words) for words in written]
+                plain = [text.enc.decode(part) for part in ids if max(part, default=0) < text.eos]
+                fields = [task.fields(step) for step in steps]
+                named = all(each is None or [*each] == [*task.FIELDS] for each in fields)
+                for kept, rule in (
+                    (task.size(problem) == size, f"size: not {size}"),
+                    (len(steps) == len(like),
+                     f"work: {len(steps)} steps, of others of its size {len(like)}"),
+                    (given[0] == like[0], "work: a given step must be taken as it stands"),
+                    (plain == written, "text, say and spell: plain text, no special tokens"),
+                    (named, "fields: None, or values of all FIELDS")):
+                    if not kept:
+                        raise UserError(f"the task's {rule}: problem {problem!r:.80}")
+                left += not all(map(task.never_read, steps))
+                lengths = [len(part) for part in ids]
+                sizes.append((len(steps), max(lengths), sum(lengths) + len(lengths)))
             if not left:
                 raise UserError(f"the task's never_read: leaves nothing to read in size {size}")
         except UserError:
@@ -457,7 +452,7 @@ def try_out(task, text, cfg, exchanges):
             method = traceback.extract_tb(e.__traceback__)[-1].name
             raise UserError(f"the task's {method}: {type(e).__name__}: {e!s:.200}: problem "
                             f"{problem!r:.80}") from None
-    return longest, total
+    return [max(column) for column in zip(*sizes)]
 
 class Run(NamedTuple):
     """What everything needs. Weights and figures live in the folder."""
@@ -466,6 +461,7 @@ class Run(NamedTuple):
     text: Text
     out: Path
     exchanges: bool  # whether the task can be worked with a step given
+    slots: int  # of the longest problem
     start: float = 0.0  # when the part that runs began: time.time(), less the time before --resume
 
 class Batch(NamedTuple):
@@ -1098,13 +1094,16 @@ def make_optimizers(model, rates):
         optimizers.append(Muon(matrices, rates.muon, rates.decay))
     return optimizers
 
-def train_step(run, model, optimizers, losses):
-    """One update by the losses of a batch's parts, an iterable of Loss, each made as it is asked
-    for -> [nats, share right]. Raises UserError where the gradient is not finite."""
-    stats = torch.zeros(2, device=run.cfg.device)
-    for loss in losses:
-        (loss.total / run.cfg.accumulate).backward()
-        stats += torch.stack([loss.nats.detach(), loss.right.mean()]) / run.cfg.accumulate
+def train_step(run, model, optimizers, phase, step, loss_of):
+    """One update by the losses of a batch's parts -> [nats, share right], examples. loss_of(step,
+    rng) -> Loss. Raises UserError where the gradient is not finite."""
+    parts, stats, seen = run.cfg.accumulate, torch.zeros(2, device=run.cfg.device), 0
+    for part in range(parts):
+        with precision(run, model):
+            loss = loss_of(step, rng_of(run.cfg.seed, phase, step, part))
+        (loss.total / parts).backward()
+        stats += torch.stack([loss.nats.detach(), loss.right.mean()]) / parts
+        seen += len(loss.right)
     params = [p for p in model.parameters() if p.requires_grad]
     if not nn.utils.clip_grad_norm_(params, 1.0).isfinite():
         raise UserError("a gradient is not finite: --resume with --dtype float32, or begin again "
@@ -1112,7 +1111,7 @@ def train_step(run, model, optimizers, losses):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return stats
+    return stats, seen
 
 def log(run, phase, step, steps, nats, right, speed, left):
     """One line on the terminal and one object in log.jsonl, of the steps since the last one."""
@@ -1172,28 +1171,19 @@ def fit(run, phase, model, steps, rates, loss_of):
     first = resume(run, phase, model, optimizers)
     sums, count, seen = torch.zeros(2, device=run.cfg.device), 0, 0
     begin = logged = saved = time.time()
-
-    def losses(step):
-        nonlocal seen
-        for part in range(run.cfg.accumulate):
-            with precision(run, model):
-                loss = loss_of(step, rng_of(run.cfg.seed, phase, step, part))
-            seen += len(loss.right)
-            yield loss
-
     for step in range(first, steps):
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 50, 1 - step / steps)
-        sums += train_step(run, model, optimizers, losses(step))
-        count += 1
+        stats, examples = train_step(run, model, optimizers, phase, step, loss_of)
+        sums, count, seen = sums + stats, count + 1, seen + examples
+        now = time.time()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            now = time.time()
             left = (now - begin) / (step + 1 - first) * (steps - step - 1)
             log(run, phase, step + 1, steps, *(sums / count).tolist(), seen / (now - logged), left)
             sums, count, seen, logged = torch.zeros_like(sums), 0, 0, now
-        if time.time() > saved + SAVE_EVERY or step + 1 == steps:
+        if now > saved + SAVE_EVERY or step + 1 == steps:
             save_last(run, phase, step + 1, model, optimizers)
-            saved = time.time()
+            saved = now
 
 def load_json(path):
     """The object in a JSON file, {} without one. Raises UserError on a damaged file."""
@@ -1294,11 +1284,7 @@ def coconut_loss(run, model, stage, rng, n=None):
 def stages_of(run):
     """Stages in order: text, then the last 1, 2, 3, 5, 7, ... and all slots as thoughts. "all" is
     the last of these once more, with all ingredients of the kind of thoughts."""
-    most = 0
-    for size in run.cfg.digits:
-        (problem,) = run.task.draw(rng_of(0, "slots", size), TRAIN, size, 1)
-        most = max(most, len(run.task.work(problem)))
-    latent = sorted({1, min(2, most), *range(3, most, 2), most})
+    latent = sorted({1, min(2, run.slots), *range(3, run.slots, 2), run.slots})
     return ["0", *map(str, latent), "all"]
 
 def held_out(run, most, few=False):
@@ -1498,8 +1484,11 @@ def solve(run, model, problems, donors={}):
     problem, thoughts = think_through(run, model, problems, given)
     return Solved(problems, works, problem, thoughts, answer(run, model, problem, thoughts))
 
-class About(NamedTuple):
-    """What a reading is of."""
+class Case(NamedTuple):
+    """A held-out thought: its reading (C,), that of the problem before in the same slot, and what
+    it is of."""
+    reading: torch.Tensor
+    other: torch.Tensor
     problem: object
     steps: list
     slot: int
@@ -1508,18 +1497,20 @@ class About(NamedTuple):
     def step(self):
         return self.steps[self.slot]
 
-def everything(task, tests, never=False, change=None):
-    """Thoughts of the steps that readers were trained on (or never), perhaps changed -> readings
-    (N, C), a list of About."""
-    readings, about = [], []
+def cases_of(task, tests):
+    """All thoughts -> Cases of steps that readers were trained on, and of those never read."""
+    known, never = [], []
     for test in tests:
         for slot, thought in enumerate(test.thoughts):
-            thought = change(thought) if change else thought
-            rows = [row for row, steps in enumerate(test.works)
-                    if task.never_read(steps[slot]) == never]
-            readings.append(thought.reading[rows])
-            about += [About(test.problems[row], test.works[row], slot) for row in rows]
-    return torch.cat(readings), about
+            for row, steps in enumerate(test.works):
+                case = Case(thought.reading[row], thought.reading[row - 1],
+                            test.problems[row], steps, slot)
+                (never if task.never_read(case.step) else known).append(case)
+    return known, never
+
+def stack(cases):
+    """Their readings (N, C)."""
+    return torch.stack([case.reading for case in cases])
 
 def step_scores(task, said, steps):
     """What was said of thoughts, against the steps that they stand for -> scores.
@@ -1541,41 +1532,36 @@ def step_scores(task, said, steps):
         scores[name] = rate(np.array(same)[inner])
     return scores
 
-def oracle_scores(run, oracle, tests, families):
+def oracle_scores(run, oracle, known, never, families):
     """All questions, each in the wording kept from training -> {family: scores or a rate}."""
     task, scores = run.task, {}
-    for name, never in (("step", False), ("never_read", True)):
-        readings, about = everything(task, tests, never)
-        if about:
-            said = ask(run, oracle, readings)
-            scores[name] = step_scores(task, said, [a.step for a in about])
-    readings, about = everything(task, tests)
-    for family in families:
-        if family in scores:
-            continue  # the step
-        rows = []
-        for row, a in enumerate(about):
-            if family in WHOLE:
-                fits = a.slot == len(a.steps) - 1
-            else:
-                fits = family not in task.FIELDS or task.fields(a.step) is not None
-            rows += [row] * fits
-        said = ask(run, oracle, readings[rows], run.text.held_out[family])
-        gold = [truth(task, *about[row], family) for row in rows]
+    for name, cases in (("step", known), ("never_read", never)):
+        if cases:
+            said = ask(run, oracle, stack(cases))
+            scores[name] = step_scores(task, said, [case.step for case in cases])
+    for family in families[1:]:
+        if family in WHOLE:
+            asked = [case for case in known if case.slot == len(case.steps) - 1]
+        elif family in task.FIELDS:
+            asked = [case for case in known if task.fields(case.step) is not None]
+        else:
+            asked = known
+        gold = [truth(task, case.problem, case.steps, case.slot, family) for case in asked]
+        said = ask(run, oracle, stack(asked), run.text.held_out[family])
         scores[family] = rate([s == g for s, g in zip(said, gold)])
     return scores
 
-def probe_scores(run, coconut, tests):
+def probe_scores(run, coconut, known):
     """How often probes find each field of a step, and all of them -> {kind: {name: rate}}."""
-    (readings, about), scores = everything(run.task, tests), {}
-    rows = [row for row, a in enumerate(about) if run.task.fields(a.step) is not None]
-    readings, steps = whitener_of(run, coconut)(readings[rows]), [about[row].step for row in rows]
-    weights = read_safetensors(run.out / "probes.safetensors")
+    inner = [case for case in known if run.task.fields(case.step) is not None]
+    vectors = whitener_of(run, coconut)(stack(inner))
+    weights, scores = read_safetensors(run.out / "probes.safetensors"), {}
     for kind, hidden in PROBES.items():
         probe = new_probe(run, hidden)
         probe.load_state_dict({key: weights[f"{kind}.{key}"] for key in probe.state_dict()})
         with evaluating(run):
-            hits = field_hits(run, probe, readings, steps)[1].cpu().numpy()
+            _, hits = field_hits(run, probe, vectors, [case.step for case in inner])
+        hits = hits.cpu().numpy()
         scores[kind] = {name: rate(hits[:, i]) for i, name in enumerate(run.task.FIELDS)}
         scores[kind]["step"] = rate(hits.all(axis=1))
     return scores
@@ -1588,19 +1574,19 @@ def majority(run, size):
             seen[slot][run.task.say(step)] += 1
     return [seen[slot].most_common(1)[0][0] for slot in sorted(seen)]
 
-def control_scores(run, oracle, tests):
+def control_scores(run, oracle, known):
     """The same question with no thought, with noise, with another problem's thought of the same
     slot, and by always saying the slot's most frequent step -> {name: scores}."""
-    readings, about = everything(run.task, tests)
-    other, _ = everything(run.task, tests, change=Thought.roll)
-    noise = rng_of(run.cfg.seed, "noise").standard_normal(readings.shape)
+    vectors = stack(known)
+    other = torch.stack([case.other for case in known])
+    noise = rng_of(run.cfg.seed, "noise").standard_normal(vectors.shape)
     blind = Oracle(oracle.model)  # zeros and noise stand for prepared readings
     most = {size: majority(run, size) for size in run.cfg.digits}
-    said = {"none": ask(run, blind, torch.zeros_like(readings)),
-            "random": ask(run, blind, put(noise, readings.device)),
+    said = {"none": ask(run, blind, torch.zeros_like(vectors)),
+            "random": ask(run, blind, put(noise, vectors.device)),
             "shuffled_same_slot": ask(run, oracle, other),
-            "slot_majority": [most[run.task.size(a.problem)][a.slot] for a in about]}
-    steps = [a.step for a in about]
+            "slot_majority": [most[run.task.size(case.problem)][case.slot] for case in known]}
+    steps = [case.step for case in known]
     return {name: step_scores(run.task, words, steps) for name, words in said.items()}
 
 def as_worked(run, solved):
@@ -1742,15 +1728,16 @@ def evaluate(run):
     if kind.thoughts:
         oracle = self_oracle(run, coconut)
         lora = Oracle(load_model(run, "lora"), whitener_of(run, coconut))
+        known, never = cases_of(run.task, tests)
         asked = families_of(run, whole=not kind.explain)
-        sections["oracle"] = oracle_scores(run, oracle, tests, asked)
+        sections["oracle"] = oracle_scores(run, oracle, known, never, asked)
         if not kind.explain:
             sections["oracle"]["skill_after"] = stage_scores(run, oracle.model)
-        sections["lora"] = oracle_scores(run, lora, tests, families_of(run))
-        sections["controls"] = control_scores(run, oracle, tests)
+        sections["lora"] = oracle_scores(run, lora, known, never, families_of(run))
+        sections["controls"] = control_scores(run, oracle, known)
         sections["causal"] = causal_scores(run, coconut, oracle, tests)
         if run.task.FIELDS:
-            sections["probes"] = probe_scores(run, coconut, tests)
+            sections["probes"] = probe_scores(run, coconut, known)
     record(run, **sections, examples=examples(run, coconut, oracle, tests))
 
 # --------------------------------------------------------------------------------------------------
@@ -1865,62 +1852,10 @@ def page(run, results):
         first, f"<pre>{html.escape(tables(results))}</pre>", *curves, *others,
         f"<h2>The run</h2><p>{html.escape(about)}</p></html>\n"])
 
-MODELS = {"base": "after stage 0, all text; or the released GPT-2",
-          "coconut": "the model that thinks",
-          "oracle": "the coconut, fine-tuned to read the thoughts of its former self",
-          "lora": "an adapter of base, trained to read the coconut's thoughts"}
-CARD = """# {name}: {role}
-
-Of a run of cocoracle.py: `{config}`.
-
-A prompt is `{problem}<bot>`; then come the steps as text, each ended by `<sep>`, or thoughts; then
-`<eot>` and the answer. The model that thinks, in plain transformers:
-
-```python
-import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
-tokenizer = AutoTokenizer.from_pretrained("coconut")
-model = GPT2LMHeadModel.from_pretrained("coconut").eval()
-ids = tokenizer({prompt!r}, return_tensors="pt").input_ids
-out = model.transformer(ids)
-for slot in range({count}):  # {fed}
-    x = {x}
-    out = model.transformer(inputs_embeds=x, past_key_values=out.past_key_values)
-seen, answer = [{seen}] * ids.shape[1] + [1] * {count}, tokenizer("<eot>").input_ids
-while answer[-1] != model.config.eos_token_id and len(answer) < 100:
-    seen.append(1)
-    out = model.transformer(torch.tensor([answer[-1:]]), past_key_values=out.past_key_values,
-                            attention_mask=torch.tensor([seen]))
-    answer.append(model.lm_head(out.last_hidden_state[0, -1]).argmax().item())
-print(tokenizer.decode(answer[1:-1]))  # {answer}
-```
-
-{told}
-
-```{tables}
-```
-"""
-
-def write_cards(run, results):
-    """A model card, README.md, in the folder of each model."""
-    view, kind = results["examples"][0], run.cfg.kind
-    own = "out.last_hidden_state[:, -1:]"
-    filled = {
-        "config": json.dumps(results["config"]), "problem": view["problem"],
-        "prompt": view["problem"] + "<bot>", "answer": view["answer"],
-        "count": len(view["said"]), "told": headline(results), "tables": tables(results),
-        "fed": "a thought is fed " + ("<bot>" if kind.pause else "the last hidden state"),
-        "x": "model.transformer.wte(ids[:, -1:])" if kind.pause else own,
-        "seen": int(not kind.bottleneck)}
-    for name, role in MODELS.items():
-        if (run.out / name).exists():
-            write_atomic(run.out / name / "README.md", CARD.format(name=name, role=role, **filled))
-
 # --------------------------------------------------------------------------------------------------
 # 13. Ask: type a problem and watch it think
 
 HELP = """347+285                        work a problem in thoughts, and say them
-random                         the same with a held-out problem
 ? 1 QUESTION                   ask the thought of slot 1 something in your own words
 swap 1 158+667                 give it the thought that 158+667 has in slot 1
 set 1 4+8=12 write 2 carry 1   give it a thought that says this, of a problem found to have it"""
@@ -1929,20 +1864,19 @@ def typed(run, line):
     """A problem as typed. Raises UserError."""
     problem = run.task.typed(line)
     if problem is None or run.task.size(problem) not in run.cfg.digits:
-        sizes = ", ".join(map(str, run.cfg.digits))
         raise UserError(f"{line[:40]!r} is no command, and no problem of a size that this model "
-                        f"knows ({sizes})")
+                        f"knows ({', '.join(map(str, run.cfg.digits))})")
     return problem
 
 def donor_of(run, verb, slot, words, current):
     """The problem whose thought is given: the one typed, or one found to have the step."""
-    task, found = run.task, []
+    task, size = run.task, run.task.size(current)
     if verb == "swap":
         found = [typed(run, words)]
-    elif verb == "set":
-        found = task.draw(np.random.default_rng(), TRAIN, task.size(current), 20000)
-        found = [problem for problem in found if task.say(task.work(problem)[slot]) == words]
-    if not run.exchanges or not found or task.size(found[0]) != task.size(current):
+    else:
+        found = [problem for problem in task.draw(np.random.default_rng(), TRAIN, size, 20000)
+                 if task.say(task.work(problem)[slot]) == words]
+    if not run.exchanges or not found or task.size(found[0]) != size:
         raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of {task.text(current)}: "
                         "it must be of a problem of that size")
     return found[0]
@@ -1961,11 +1895,7 @@ def respond(run, model, oracle, line, current):
     """Do what a line asks for, about the current problem -> the current problem from then on."""
     command = re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
     if not command:
-        if line == "random":
-            rng = np.random.default_rng()
-            (current,) = run.task.draw(rng, TEST, int(rng.choice(run.cfg.digits)), 1)
-        else:
-            current = typed(run, line)
+        current = typed(run, line)
         show_chain(run, model, oracle, current, {})
         return current
     verb, slot, words = command[1], int(command[2]), command[3]
@@ -2009,9 +1939,6 @@ PARTS = {  # name: what does it, and the file whose presence says that it is don
     "oracle": (train_oracle, "oracle/model.safetensors"),
     "lora": (lambda run: train_oracle(run, "lora"), "lora/adapter_model.safetensors"),
     "eval": (evaluate, "report.html")}
-LATER = {"probes": ("train_probes",), "oracle": ("train_oracle",), "lora": ("train_lora",),
-         "eval": ("eval_problems", "split")}  # what each part may change of the run in --out
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}: see --help")
@@ -2053,11 +1980,10 @@ def parse(argv):
     out = given.get("out") or f"runs/{given.get('model', 'tiny')}"
     stage = given.get("stage", "all")
     new = stage in ("all", "coconut") and not given.get("resume")
-    done = stage in PARTS and stage != "eval" and (Path(out) / PARTS[stage][1]).exists()
     saved = {} if new else load_json(Path(out) / "config.json")
     for name, value in saved.items():
         saved[name] = value = tuple(value) if isinstance(value, list) else value
-        free = ("weights", *(() if done else LATER.get(stage, ())))
+        free = ("weights", "eval_problems", "split") if stage == "eval" else ("weights",)
         if name not in free and given.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")
@@ -2137,11 +2063,11 @@ def open_run(cfg):
         ranks = gpt2_weights.read_bpe(released(cfg, gpt2_weights.BPE_FILES))
     text = Text(task, ranks)
     exchanges = "given" in inspect.signature(task.work).parameters
-    text.longest, total = try_out(task, text, cfg, exchanges)
+    slots, text.longest, total = try_out(task, text, cfg, exchanges)
     if total > cfg.size.positions:
         raise UserError(f"--digits {max(cfg.digits)}: a problem takes {total} tokens, "
                         f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")
-    return Run(cfg, task, text, Path(cfg.out), exchanges)
+    return Run(cfg, task, text, Path(cfg.out), exchanges, slots)
 
 def make_folder(run):
     """Make the folder, with config.json; after --resume, drop a line that was cut short."""
@@ -2177,7 +2103,6 @@ def main(argv=None):
             seconds["total"] = sum(seconds[name] for name in PARTS if name in seconds)
             results = record(run, seconds=seconds)
     if part == "eval":
-        write_cards(run, results)
         write_atomic(run.out / "report.html", page(run, results))
         print(f"{tables(results)}\n\n{headline(results)}\n{results['seconds']['total']:.0f} s in "
               f"all on {results['env']['device']}. Next:\n  open {run.out / 'report.html'}")

@@ -329,7 +329,8 @@ def test_each_control_gets_the_wrong_vector(monkeypatch):
     monkeypatch.setattr(co, "ask", lambda run, oracle, readings, question=None: seen.append((oracle, readings)) or
                         ["7+5=12 write 2 carry 1"] * len(readings))
     oracle = co.Oracle(model, co.Whitener(torch.randn(50, 96)))
-    scores = co.control_scores(run, oracle, tests)
+    known, _ = co.cases_of(run.task, tests)
+    scores = co.control_scores(run, oracle, known)
     (blind, none), (blind_too, noise), (sighted, other) = seen
     assert blind.white is None and blind_too.white is None and sighted is oracle
     assert blind.model is model and not none.any() and abs(noise.std() - 1) < 0.05 and abs(noise.mean()) < 0.05
@@ -338,7 +339,7 @@ def test_each_control_gets_the_wrong_vector(monkeypatch):
         for slot, thought in enumerate(test.thoughts):
             kept = [not run.task.never_read(steps[slot]) for steps in test.works]
             want.append(thought.reading.roll(1, 0)[kept])
-    assert torch.equal(other, torch.cat(want)) and not torch.equal(other, co.everything(run.task, tests)[0])
+    assert torch.equal(other, torch.cat(want)) and not torch.equal(other, co.stack(known))
     assert set(scores) == {"none", "random", "shuffled_same_slot", "slot_majority"}
     assert scores["none"]["n"] == len(other) and 0 < scores["slot_majority"]["exact"] < 0.5
 
@@ -522,13 +523,12 @@ def test_never_read_steps_reach_no_reader(monkeypatch):
         assert len(pairs_shown) == 49 and not pairs_shown & pairs, train
     assert len(by_explaining) == 49 and not by_explaining & pairs
     tests = [co.solve(run, model, task.draw(np.random.default_rng(0), co.TEST, 2, 200))]
-    (readings, about), (never, about_never) = co.everything(task, tests), co.everything(task, tests, never=True)
-    assert len(readings) == len(about) and len(never) == len(about_never) and len(about) + len(about_never) == 600
-    assert {tuple(sorted(a.step[:2])) for a in about_never} == pairs and 30 < len(about_never) < 60
-    assert not any(task.never_read(a.step) for a in about)
-    row = about_never[0]
-    where = tests[0].problems.index(row.problem)
-    assert torch.equal(never[0], tests[0].thoughts[row.slot].reading[where])
+    known, never = co.cases_of(task, tests)
+    assert len(known) + len(never) == 600
+    assert {tuple(sorted(case.step[:2])) for case in never} == pairs and 30 < len(never) < 60
+    assert not any(task.never_read(case.step) for case in known)
+    where = tests[0].problems.index(never[0].problem)
+    assert torch.equal(never[0].reading, tests[0].thoughts[never[0].slot].reading[where])
     monkeypatch.setattr(task, "never_read", lambda step: step.a is None)  # nor in questions about the whole problem
     problems, works, thoughts = tests[0].problems, tests[0].works, tests[0].thoughts
     for step in range(20):
@@ -605,8 +605,8 @@ def train(run, steps=12, phase="x", loss_of=None, model=None):
 def test_rates_warm_up_and_decay(tmp_path, monkeypatch):
     """Both optimizers' rates rise to their peak over 50 steps and end near zero."""
     run, seen = run_of(out=tmp_path / "run"), []
-    monkeypatch.setattr(co, "train_step", lambda run, model, optimizers, losses: seen.append(
-        [o.param_groups[0]["lr"] for o in optimizers]) or torch.zeros(2))
+    monkeypatch.setattr(co, "train_step", lambda run, model, optimizers, *_: seen.append(
+        [o.param_groups[0]["lr"] for o in optimizers]) or (torch.zeros(2), 1))
     train(run, 200)
     adam, muon = np.array(seen).T
     assert np.allclose(adam / 3e-3, muon / 0.02) and abs(adam[0] - 3e-3 / 50) < 1e-9
@@ -625,16 +625,19 @@ def test_accumulate_trains_what_one_batch_of_all_parts_trains(monkeypatch):
 
     keep = [Keep(model.parameters(), lr=1.0)]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: torch.tensor(1.0))
-    parts = [co.rng_of(0, "x", part) for part in range(2)]
-    co.train_step(run, model, keep, (co.coconut_loss(run, model, "all", rng) for rng in parts))
+
+    def loss_of(step, rng):
+        return co.coconut_loss(run, model, "all", rng)
+
+    assert co.train_step(run, model, keep, "x", 0, loss_of)[1] == 10
     both = []
     for part in range(2):
-        rng = co.rng_of(0, "x", part)
+        rng = co.rng_of(0, "x", 0, part)
         rng.choice([3])
         both += run.task.draw(rng, co.TRAIN, 3, 5)
     monkeypatch.setattr(run.task, "draw", lambda *a: both)
     one = run._replace(cfg=dataclasses.replace(run.cfg, accumulate=1))
-    co.train_step(one, model, keep, [co.coconut_loss(one, model, "all", co.rng_of(9))])
+    co.train_step(one, model, keep, "x", 0, loss_of)
     for a, b in zip(*gradients):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-7
 
@@ -761,7 +764,7 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
         x = readings(problems, noise)
         thoughts = [co.Thought(None, None, x[:, slot]) for slot in range(3)]
         tests = [co.Solved(problems, [run.task.work(p) for p in problems], None, thoughts, [])]
-        scores = co.probe_scores(run, None, tests)
+        scores = co.probe_scores(run, None, co.cases_of(run.task, tests)[0])
         for kind in ("linear", "mlp"):
             assert 170 < scores[kind]["step"]["n"] < 190  # without finals and what is never read
             assert scores[kind]["step"]["exact"] < 0.05 if noise else scores[kind]["step"]["exact"] > 0.95
@@ -889,7 +892,7 @@ def test_ask(mini):
     """A problem, a question in words, a swap and a set: answer and later thoughts follow as the worked sum says."""
     out, _, _ = mini
     told, err, code = asked(out, "47 + 85", "? 0 What is the slot of this step?", "swap 0 31+22",
-                            "set 0 9+9=18 write 8 carry 1", "random")
+                            "set 0 9+9=18 write 8 carry 1")
     assert code == 0 and err == ""
     own, swapped, put_in = told.split("47+85=")[1:4]
     assert own.startswith("132") and "0     7+5=12 write 2 carry 1" in own and "\n0\n" in own
@@ -936,17 +939,6 @@ def test_from_pretrained_loads_what_is_saved(mini):
     mixed = "347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x"
     for s in (*mixed, *run.text.held_out.values()):
         assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
-
-def test_the_model_card_thinks(mini, capsys, monkeypatch):
-    """The Python of coconut's README.md, plain transformers, gives the answer that it says, and other problems' too."""
-    out, r, _ = mini
-    monkeypatch.chdir(out)
-    card = Path("coconut/README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0]
-    assert co.headline(r) in card and co.tables(r) in card and Path("lora/README.md").read_text().startswith("# lora")
-    for view in r["examples"][:5]:
-        exec(code.replace(r["examples"][0]["problem"], view["problem"]), {})
-        assert capsys.readouterr().out.strip() == view["answer"]
 
 @pytest.mark.parametrize("kind", ["none", "plain", *(pytest.param(kind, marks=TORTURE) for kind in (
     "pause", "bottleneck", "explained"))])

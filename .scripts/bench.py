@@ -28,13 +28,8 @@ SIDE = {"cuda": 8192, "cpu": 2048}  # of the matrices in the matrix product
 
 def train(run, model, optimizers, loss_of, step):
     """A step on fresh problems; without optimizers, its gradients alone."""
-    def losses():
-        for part in range(run.cfg.accumulate):
-            with co.precision(run, model):
-                loss = loss_of(run, model, rng=co.rng_of(run.cfg.seed, "bench", step, part))
-            yield loss
-
-    co.train_step(run, model, optimizers, losses())
+    co.train_step(run, model, optimizers, "bench", step,
+                  lambda step, rng: loss_of(run, model, rng=rng))
 
 def oracle_loss(pool, run, model, rng):
     problems, works, readings = pool.draw(0, rng, run.cfg.batch_size)

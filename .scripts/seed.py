@@ -167,7 +167,7 @@ def main(argv=None):
                     read_layer=(READ - 0.5) / co.SIZES[args.model].layers)  # rounded up
     task, weights = Sums(cfg.digits), co.gpt2_weights
     ranks = weights.read_bpe(args.weights or weights.fetch(args.model, weights.BPE_FILES))
-    run = co.Run(cfg, task, Text(task, ranks), Path(args.out), exchanges=False)
+    run = co.Run(cfg, task, Text(task, ranks), Path(args.out), exchanges=False, slots=0)
     files = [weights.read_pickle(path, co.shapes_of(run)) for path in args.checkpoints]
     coconut, oracle = [co.new_model(run, weights) for weights in files]
     run.out.mkdir(parents=True, exist_ok=True)

@@ -90,7 +90,7 @@ def test_the_longest_problem_is_counted_in_positions():
     problems = run.task.draw(co.rng_of(0, "longest", 3), co.TRAIN, 3, 300)
     batch = co.make_batch(run, problems, [run.task.work(problem) for problem in problems], 4)
     positions = batch.valid.sum(1) + (batch.answer_target != co.IGNORE).sum(1)
-    assert co.try_out(run.task, run.text, run.cfg, True)[1] == positions.max()
+    assert co.try_out(run.task, run.text, run.cfg, True)[::2] == [4, positions.max()]
 
 def test_tokens_before_the_answer(monkeypatch):
     """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""
@@ -105,7 +105,7 @@ def test_who_is_asked_what(monkeypatch):
     """Of every thought the slot is asked, of all but finals a field, of finals alone the answer; final carries are
     half as often asked in training."""
     run, tests = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 40)
-    scores = co.oracle_scores(run, None, tests, ["slot", "digit", "answer"])
+    scores = co.oracle_scores(run, None, *co.cases_of(run.task, tests), ["step", "slot", "digit", "answer"])
     assert scores["slot"]["n"] == scores["step"]["n"] > scores["digit"]["n"] == scores["step"]["n_no_final"] > 60
     assert scores["answer"]["n"] == 40 and scores["answer"]["exact"] == 0.0  # it always says the step
     final = co.columns(1, 1)[-1:]
@@ -164,16 +164,15 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
     """Every 100 steps and after the last one: means of the steps since the last line, their speed, the time left."""
     run, seconds, lines = run_of("--accumulate", 2, out=tmp_path / "run"), [0.0], []
 
-    def step(run, model, optimizers, losses):
-        assert len(list(losses)) == 2
+    def step(*args):
         seconds[0] += 2.0  # a step takes so long
-        return torch.tensor([1.5, 0.5])
+        return torch.tensor([1.5, 0.5]), 64
 
     monkeypatch.setattr(co, "time", SimpleNamespace(time=lambda: seconds[0]))
     monkeypatch.setattr(co, "train_step", step)
     monkeypatch.setattr(co, "resume", lambda *args: 40)
     monkeypatch.setattr(co, "log", lambda run, phase, *line: lines.append(line))
-    train(run, 230, model=torch.nn.Linear(2, 2), loss_of=lambda step, rng: co.Loss(None, None, torch.ones(32)))
+    train(run, 230, model=torch.nn.Linear(2, 2))
     want = [(step, 230, 1.5, 0.5, 32.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
     assert np.allclose(lines, want)
 
@@ -182,7 +181,8 @@ def test_a_step_s_figures_are_means_of_its_parts():
     model, parts = torch.nn.Linear(2, 1), []
     for nats, right in (1.0, [1.0, 0.0]), (4.0, [1.0, 1.0]):
         parts.append(co.Loss(model(torch.ones(2)).sum(), torch.tensor(nats), torch.tensor(right)))
-    assert co.train_step(run_of("--accumulate", 2), model, [], parts).tolist() == [2.5, 0.75]
+    stats, n = co.train_step(run_of("--accumulate", 2), model, [], "x", 0, lambda *_: parts.pop())
+    assert stats.tolist() == [2.5, 0.75] and n == 4
 
 def test_probes_learn_from_many_thoughts(monkeypatch):
     """Thousands, made once for all steps of all probes: of fewer ones they would learn by heart."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import cocoracle as co
-from test_cocoracle import BPE, HERE, SHORT, TORTURE, asked, cli, narrow, run_of, short  # noqa: F401
+from test_cocoracle import BPE, HERE, SHORT, TORTURE, asked, cli, mini, miniature, narrow, run_of, short  # noqa: F401
 
 SEED = Path(co.__file__).parent / ".scripts" / "seed.py"
 
@@ -231,6 +231,18 @@ def test_the_gpu_script_records_a_miss_and_goes_on(monkeypatch, tmp_path):
     (tmp_path / "all/gpt2/config.json").mkdir(parents=True)
     assert gpu.main(tmp_path / "all", 100) == 1 and gpu.main(tmp_path / "all", 5) == 1
     assert commands[4:] == ["gpt2-large", "--resume", str(tmp_path / "all/gpt2-large")]
+
+def test_the_model_card_thinks(mini, capsys, monkeypatch):
+    """The Python of coconut's README.md, plain transformers, gives the answer that it says, and other problems' too."""
+    out, r, _ = mini
+    monkeypatch.chdir(out)
+    module_of(".scripts/cards.py").write_cards(co.parse(["--out", "."]))
+    card = Path("coconut/README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    assert co.headline(r) in card and co.tables(r) in card and Path("lora/README.md").read_text().startswith("# lora")
+    for view in r["examples"][:5]:
+        exec(code.replace(r["examples"][0]["problem"], view["problem"]), {})
+        assert capsys.readouterr().out.strip() == view["answer"]
 
 def test_problems_of_coconuts_files_run(monkeypatch, tmp_path):
     """A JSON file as facebookresearch/coconut has them is learnt and measured, from data to report."""
