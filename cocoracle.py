@@ -385,7 +385,7 @@ class Text:
         self.enc = tiktoken.Encoding("cocoracle", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
                                      special_tokens=special)
         self.eos, self.bot, self.sep, self.eot, self.act = special.values()
-        self.size = self.enc.n_vocab
+        self.n_vocab = self.enc.n_vocab
         self.ids = lru_cache(maxsize=4096)(self.tokenize)
         self.longest = 0  # tokens of a problem, step or answer: see try_out()
 
@@ -828,9 +828,9 @@ class Injection(NamedTuple):
 
     def into(self, x):
         """x (B, T, C) with the vectors added, out of place."""
-        size = self.scale * x[:, self.place].norm(dim=-1, keepdim=True)
+        strength = self.scale * x[:, self.place].norm(dim=-1, keepdim=True)
         norm = self.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        added = (size * self.vectors / norm).to(x.dtype)[:, None]  # (B, 1, C)
+        added = (strength * self.vectors / norm).to(x.dtype)[:, None]  # (B, 1, C)
         return x + F.pad(added, (0, 0, self.place, x.shape[1] - self.place - 1))
 
 class Whitener:
@@ -927,12 +927,12 @@ def truth(task, problem, steps, slot, family):
 def readable(task, rng, works, low=0):
     """As many thoughts, of slots from `low` on, as there are works, for a reader in training ->
     rows, slots (arrays). Never one whose step is never read."""
-    places, last = [], len(works[0]) - 1
+    places, final = [], len(works[0]) - 1
     for row, steps in enumerate(works):
-        for slot in range(low, last + 1):
+        for slot in range(low, final + 1):
             if not task.never_read(steps[slot]):
                 # half as many last ones: a final carry has two forms
-                places += [(row, slot)] * (1 if slot == last else 2)
+                places += [(row, slot)] * (1 if slot == final else 2)
     return rng.choice(places, size=len(works)).T
 
 def draw_questions(run, rng, families, problems, works, low=0):
@@ -976,7 +976,7 @@ def add_lora(model):
 def shapes_of(run, n_vocab=None):
     """Name -> shape of the whole state dict."""
     size = run.cfg.size
-    n_vocab = n_vocab or run.text.size
+    n_vocab = n_vocab or run.text.n_vocab
     return gpt2_weights.gpt2_shapes(size.layers, size.width, n_vocab, size.positions)
 
 def released(cfg, files=gpt2_weights.FILES):
@@ -998,7 +998,7 @@ def new_model(run, weights=None):
     # Without memory for what is replaced, but small ones are spared the 1.4 s of imports of "meta".
     with torch.device("meta" if weights and cfg.size.width >= 768 else "cpu"):
         torch.manual_seed(cfg.seed)
-        model = GPT(run.text.size, *cfg.size, cfg.layer)
+        model = GPT(run.text.n_vocab, *cfg.size, cfg.layer)
     torch.manual_seed(cfg.seed)  # for adapters
     if weights:
         weights = {name: tensor.float() for name, tensor in weights.items()}
@@ -1064,10 +1064,10 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                 updates.append(p.grad.lerp(momentum, 0.95))
-            rate = group["lr"] * max(1, n_in / n_out) ** 0.5
+            alpha = group["lr"] * max(1, n_in / n_out) ** 0.5
             for p, update in zip(matrices, self.orthogonal(torch.stack(updates))):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(update, alpha=rate)
+                p.sub_(update, alpha=alpha)
 
     def orthogonal(self, x):
         """Matrices (n, rows, columns) with all singular values brought near 1."""
@@ -1150,16 +1150,16 @@ def load_last(run):
 
 def resume(run, phase, model, optimizers):
     """The step that this phase goes on from: 0, or where last.pt stands, whose state is taken."""
-    last = load_last(run)
-    if last.get("phase") != phase:
+    state = load_last(run)
+    if state.get("phase") != phase:
         return 0
     params = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
-        for p, saved in zip(params, last["params"], strict=True):
+        for p, saved in zip(params, state["params"], strict=True):
             p.copy_(saved)
-    for optimizer, saved in zip(optimizers, last["optimizers"], strict=True):
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return last["step"]
+    return state["step"]
 
 def fit(run, phase, model, steps, rates, loss_of):
     """The training loop of every part: linear warm-up over 50 steps, then linear decay to zero.
@@ -1446,7 +1446,7 @@ def train_probes(run):
     """Linear probes, and probes with one hidden layer."""
     # probes take so many readings a step that a small pool would be learnt by heart
     pool, weights = Pool(run, load_model(run, "coconut"), each=8000, life=2**31), {}
-    for kind, hidden in PROBES.items() if run.task.FIELDS else ():
+    for name, hidden in PROBES.items() if run.task.FIELDS else ():
         probe = new_probe(run, hidden)
 
         def loss_of(step, rng):
@@ -1456,8 +1456,8 @@ def train_probes(run):
             loss, hits = field_hits(run, probe, pick(readings, rows, slots), steps)
             return Loss(loss, loss, hits.all(dim=1).float())
 
-        fit(run, f"probes {kind}", probe, run.cfg.train_probes, PROBE_RATES, loss_of)
-        weights |= {f"{kind}.{key}": tensor for key, tensor in probe.state_dict().items()}
+        fit(run, f"probes {name}", probe, run.cfg.train_probes, PROBE_RATES, loss_of)
+        weights |= {f"{name}.{key}": tensor for key, tensor in probe.state_dict().items()}
     write_safetensors(run.out / "probes.safetensors", weights)
 
 # --------------------------------------------------------------------------------------------------
@@ -1552,18 +1552,18 @@ def oracle_scores(run, oracle, known, never, families):
     return scores
 
 def probe_scores(run, coconut, known):
-    """How often probes find each field of a step, and all of them -> {kind: {name: rate}}."""
+    """How often probes find each field of a step, and all of them -> {probe: {field: rate}}."""
     inner = [case for case in known if run.task.fields(case.step) is not None]
     vectors = whitener_of(run, coconut)(stack(inner))
     weights, scores = read_safetensors(run.out / "probes.safetensors"), {}
-    for kind, hidden in PROBES.items():
+    for name, hidden in PROBES.items():
         probe = new_probe(run, hidden)
-        probe.load_state_dict({key: weights[f"{kind}.{key}"] for key in probe.state_dict()})
+        probe.load_state_dict({key: weights[f"{name}.{key}"] for key in probe.state_dict()})
         with evaluating(run):
             _, hits = field_hits(run, probe, vectors, [case.step for case in inner])
         hits = hits.cpu().numpy()
-        scores[kind] = {name: rate(hits[:, i]) for i, name in enumerate(run.task.FIELDS)}
-        scores[kind]["step"] = rate(hits.all(axis=1))
+        scores[name] = {field: rate(hits[:, i]) for i, field in enumerate(run.task.FIELDS)}
+        scores[name]["step"] = rate(hits.all(axis=1))
     return scores
 
 def majority(run, size):
@@ -1621,12 +1621,12 @@ def donations(run, tests, test, slot, rng):
     found.append(("iia_same", {slot: [each[rng.integers(len(each))] for each in same]}))
     return found
 
-def follow(run, oracle, test, slot, given, hits):
+def follow(run, oracle, test, slot, patched, hits):
     """With one slot given by another problem: where the answer should be another, and where later
     steps should, is it? And what does the next thought say, where its step is another?"""
     moved = []
-    for row, right in enumerate(as_worked(run, given)):
-        steps, own = given.works[row], test.works[row]
+    for row, right in enumerate(as_worked(run, patched)):
+        steps, own = patched.works[row], test.works[row]
         if run.task.spell(steps) != run.task.spell(own):
             hits["iia_changed"].append(right)
             hits["slot", slot].append(right)
@@ -1635,9 +1635,9 @@ def follow(run, oracle, test, slot, given, hits):
             if steps[slot + 1] != own[slot + 1] and not run.task.never_read(steps[slot + 1]):
                 moved.append(row)
     if moved:
-        readings = given.thoughts[slot + 1].reading[moved]
+        readings = patched.thoughts[slot + 1].reading[moved]
         for said, row in zip(ask(run, oracle, readings), moved):
-            hits["said_after"].append(said == run.task.say(given.works[row][slot + 1]))
+            hits["said_after"].append(said == run.task.say(patched.works[row][slot + 1]))
 
 def causal_scores(run, model, oracle, tests):
     """What answers and later thoughts do when thoughts are given -> the section "causal"."""
@@ -1645,19 +1645,19 @@ def causal_scores(run, model, oracle, tests):
     for test in tests:
         mean = [thought.map(lambda x: x.mean(0, keepdim=True).expand_as(x))
                 for thought in test.thoughts]
-        for name, given in (("mean", mean), ("swap", [t.roll() for t in test.thoughts])):
-            answers = answer(run, model, test.problem, given)
+        for name, thoughts in (("mean", mean), ("swap", [t.roll() for t in test.thoughts])):
+            answers = answer(run, model, test.problem, thoughts)
             hits["keep", name] += [now == own for now, own in zip(answers, test.answers)]
         for slot in range(len(test.thoughts) if run.exchanges else 0):
             for name, donors in donations(run, tests, test, slot, rng):
-                given = solve(run, model, test.problems, donors)
+                patched = solve(run, model, test.problems, donors)
                 if name != "iia_same":
-                    hits[name] += as_worked(run, given)
+                    hits[name] += as_worked(run, patched)
                 else:  # nothing may change
-                    rows = zip(donors[slot], test.problems, given.answers, test.answers)
+                    rows = zip(donors[slot], test.problems, patched.answers, test.answers)
                     hits[name] += [now == was for donor, own, now, was in rows if donor != own]
                 if name == "iia":
-                    follow(run, oracle, test, slot, given, hits)
+                    follow(run, oracle, test, slot, patched, hits)
     scores = {"keep": {name: rate(hits["keep", name]) for name in ("mean", "swap")}}
     if run.exchanges:
         for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three",
@@ -1688,8 +1688,8 @@ def examples(run, model, oracle, tests, n=20):
         views = in_words(run, oracle, solve(run, model, problems))
         if run.exchanges and test.thoughts:
             donors = {(len(test.thoughts) - 1) // 2: rows_before(problems)}
-            given = in_words(run, oracle, solve(run, model, problems, donors), donors)
-            views = [{**own, "exchanged": other} for own, other in zip(views, given)]
+            patched = in_words(run, oracle, solve(run, model, problems, donors), donors)
+            views = [{**own, "exchanged": other} for own, other in zip(views, patched)]
         found += views
     return found
 
@@ -1946,7 +1946,7 @@ class Parser(argparse.ArgumentParser):
 def converter(field):
     """-> the argparse type of a field: text, a number within its limits, or several."""
     low, high = field.metadata["low"], 1 if field.type is float else 2**31
-    kind = "a number" if field.type is float else "an integer"
+    wanted = "a number" if field.type is float else "an integer"
 
     def number(string):
         try:
@@ -1954,13 +1954,13 @@ def converter(field):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"takes {kind} from {low} to {high}, not {string!r}")
+            raise argparse.ArgumentTypeError(f"takes {wanted} from {low} to {high}, not {string!r}")
         return value
 
     def numbers(string):
-        first, dash, last = string.partition("-")
-        if dash and number(first) <= number(last) < 100:
-            return tuple(range(number(first), number(last) + 1))
+        lowest, dash, highest = string.partition("-")
+        if dash and number(lowest) <= number(highest) < 100:
+            return tuple(range(number(lowest), number(highest) + 1))
         return tuple(sorted({number(part) for part in string.split(",")}))
 
     return {str: str, tuple: numbers}.get(field.type, number)
@@ -1976,26 +1976,26 @@ def parse(argv):
         if field.type is not bool:
             how = {"type": converter(field), "choices": field.metadata["choices"]}
         parser.add_argument(name, help=field.metadata["help"], **how)
-    given = vars(parser.parse_args(argv))
-    out = given.get("out") or f"runs/{given.get('model', 'tiny')}"
-    stage = given.get("stage", "all")
-    new = stage in ("all", "coconut") and not given.get("resume")
+    flags = vars(parser.parse_args(argv))
+    out = flags.get("out") or f"runs/{flags.get('model', 'tiny')}"
+    stage = flags.get("stage", "all")
+    new = stage in ("all", "coconut") and not flags.get("resume")
     saved = {} if new else load_json(Path(out) / "config.json")
     for name, value in saved.items():
         saved[name] = value = tuple(value) if isinstance(value, list) else value
         free = ("weights", "eval_problems", "split") if stage == "eval" else ("weights",)
-        if name not in free and given.get(name, value) != value:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]}: the run in {out} has "
+        if name not in free and flags.get(name, value) != value:
+            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")
     try:
-        cfg = Config(**{**saved, **given, "out": out})
+        cfg = Config(**{**saved, **flags, "out": out})
         for field in dataclasses.fields(Config):
             value, choices = getattr(cfg, field.name), field.metadata["choices"]
             fits = value is None or isinstance(value, field.type)
             if not fits or choices and value not in choices:
                 raise TypeError(f"{field.name} is {value!r}")
         if cfg.pretrained:
-            cfg = Config(**{**RELEASED, **saved, **given, "out": out})
+            cfg = Config(**{**RELEASED, **saved, **flags, "out": out})
     except TypeError as e:
         raise UserError(f"{out}/config.json is damaged ({e}): choose another --out") from None
     gpu = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
@@ -2084,8 +2084,8 @@ def main(argv=None):
     cfg = parse(argv)
     check(cfg)
     run = open_run(cfg)
-    size = sum(math.prod(shape) for shape in shapes_of(run).values())
-    print(f"cocoracle {cfg.stage} | {cfg.thoughts} | {cfg.model}, {size:,} parameters | "
+    parameters = sum(math.prod(shape) for shape in shapes_of(run).values())
+    print(f"cocoracle {cfg.stage} | {cfg.thoughts} | {cfg.model}, {parameters:,} parameters | "
           f"{environment(cfg)['device']}, {cfg.dtype} | {cfg.task or 'sums'} of "
           f"{', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}", flush=True)
     if cfg.stage == "ask":
@@ -2094,8 +2094,8 @@ def main(argv=None):
     for part in parts_of(cfg) if cfg.stage == "all" else [cfg.stage]:
         work, name = PARTS[part]
         if part == "eval" or not (run.out / name).exists():
-            last = load_last(run)
-            before = last["seconds"] if last.get("phase", "").startswith(part) else 0.0
+            state = load_last(run)
+            before = state["seconds"] if state.get("phase", "").startswith(part) else 0.0
             run = run._replace(start=time.time() - before)
             work(run)
             seconds = load_json(run.out / "results.json").get("seconds", {})

@@ -88,7 +88,7 @@ def test_segments_are_a_cache():
     """A text run in pieces, each after the segments before it, gives what it gives at once, padded or not."""
     run = run_of()
     model = rough(run)
-    ids = torch.randint(run.text.size, (3, 12))
+    ids = torch.randint(run.text.n_vocab, (3, 12))
     whole, _, _ = model(model.wte(ids))
     first, a, _ = model(model.wte(ids[:, :5]))
     second, b, _ = model(model.wte(ids[:, 5:7]), [a], 5)
@@ -449,7 +449,7 @@ def test_tokens():
             assert len(text.ids(question)) <= len(question.split()) + 1
     for s in ("naïve ≠ 12\n x", "What's 9?", ""):
         assert text.show([*text.ids(s), text.eos, 5]) == s
-    assert (text.eos, text.size) == (len(text.ranks), len(text.ranks) + 5)
+    assert (text.eos, text.n_vocab) == (len(text.ranks), len(text.ranks) + 5)
     assert text.longest == len(text.ids("9+9+1=19 write 9 carry 1"))
 
 def test_questions_of_the_tests_are_not_trained():
@@ -1110,7 +1110,7 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     r = short(tmp_path / "run", "--model", "gpt2", "--weights", str(tmp_path / "weights"), "--batch-size", "2")
     assert r["oracle"]["step"]["n"]
     run = run_of("--stage", "eval", out=tmp_path / "run")
-    assert run.text.size == 50261 and run.cfg.size == (2, 4, 32, 1024) and run.cfg.rates == co.FINE_TUNED
+    assert run.text.n_vocab == 50261 and run.cfg.size == (2, 4, 32, 1024) and run.cfg.rates == co.FINE_TUNED
     assert [run.text.enc.decode([i]) for i in run.text.ids("347 12")] == ["3", "4", "7", " 1", "2"]
     wte = co.load_model(run, "base").wte.weight
     for row, like in zip(range(50257, 50261), co.SPECIAL.values()):

@@ -177,10 +177,10 @@ def test_memory_worked_out_is_that_of_real_tensors(monkeypatch):
     """Fake tensors keep as many bytes as real ones."""
     memory, run = module_of(".scripts/memory.py"), run_of("--digits", "2", "--batch-size", "2", "--dtype", "bfloat16")
     monkeypatch.setattr(co, "SIZES", NARROW)
-    monkeypatch.setattr(memory, "N_VOCAB", run.text.size)
+    monkeypatch.setattr(memory, "N_VOCAB", run.text.n_vocab)
     fake = memory.memory(run)
     monkeypatch.setattr(memory, "FakeTensorMode", lambda **how: contextlib.nullcontext())
-    assert memory.memory(run) == fake and fake["in all"] > 4 * fake["weights"] > 16 * run.text.size * 32
+    assert memory.memory(run) == fake and fake["in all"] > 4 * fake["weights"] > 16 * run.text.n_vocab * 32
 
 class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
     """No operation but a copy takes tensors of two devices, numbers aside."""
