@@ -432,13 +432,15 @@ def try_out(task, text, cfg, exchanges):
                 plain = [text.enc.decode(part) for part in ids if max(part, default=0) < text.eos]
                 fields = [task.fields(step) for step in steps]
                 named = all(each is None or [*each] == [*task.FIELDS] for each in fields)
+                looser = [[*task.looser(words)] for words in (*written, "")]
                 for kept, rule in (
                     (task.size(problem) == size, f"size: not {size}"),
                     (len(steps) == len(like),
                      f"work: {len(steps)} steps, of others of its size {len(like)}"),
                     (given[0] == like[0], "work: a given step must be taken as it stands"),
                     (plain == written, "text, say and spell: plain text, no special tokens"),
-                    (named, "fields: None, or values of all FIELDS")):
+                    (named, "fields: None, or values of all FIELDS"),
+                    (looser == looser[:1] * len(looser), "looser: the same names, of any text")):
                     if not kept:
                         raise UserError(f"the task's {rule}: problem {problem!r:.80}")
                 left += not all(map(task.never_read, steps))
@@ -901,7 +903,7 @@ def ask(run, oracle, readings, question=None):
     question = question or run.text.held_out["step"]
     # a batch of one row would be compiled anew
     readings = readings.expand(2, -1) if n == 1 else readings
-    for chunk in readings.split(1000):
+    for chunk in readings.tensor_split(math.ceil(n / 1000)):
         vectors = oracle.white(chunk) if oracle.white else chunk.float()
         nothing = torch.zeros(len(chunk), 0, dtype=torch.long, device=chunk.device)
         with evaluating(run, oracle.model):
@@ -1201,8 +1203,11 @@ def merged(old, new):
     return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
 
 def record(run, **sections):
-    """Merge sections into results.json -> all of it."""
-    results = merged(load_json(run.out / "results.json"), sections)
+    """Put sections into results.json, stages of the coconut beside others -> all of it."""
+    results = load_json(run.out / "results.json")
+    if "coconut" in sections:
+        sections["coconut"] = merged(results.get("coconut"), sections["coconut"])
+    results |= sections
     write_atomic(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
@@ -1220,6 +1225,10 @@ def rate(hits):
     """Booleans -> a rate."""
     return wilson(float(np.mean(hits)) if len(hits) else 0.0, len(hits))
 
+def rates_of(hits):
+    """{key: booleans} -> {key: rate}, in order."""
+    return {str(key): rate(hits[key]) for key in sorted(hits)}
+
 def show_rate(r):
     low, high = r["ci95"]
     return f"{r['exact']:.3f} [{low:.3f}, {high:.3f}] n={r['n']}" if r["n"] else "-"
@@ -1231,10 +1240,20 @@ def rows_before(rows, shift=1):
     """To each row the one before, as Thought.roll()."""
     return rows[-shift:] + rows[:-shift]
 
+def work_all(task, problems, donors={}):
+    """Problems worked by hand, with the steps of some slots given by donors {slot: as many
+    problems} -> lists of steps."""
+    works = []
+    for row, problem in enumerate(problems):
+        given = {slot: task.work(others[row])[slot] for slot, others in donors.items()}
+        works.append(task.work(problem, given) if given else task.work(problem))
+    return works
+
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
     """Nats a token of what the model says, asked as an oracle is, of as many live thoughts as
     problems: unwhitened, not detached. works: their steps, the last ones of which are thoughts.
-    slot: the one that was exchanged, or None: half of the time it, and those after it, are asked.
+    slot: the exchanged one, or None. If there is one, half of the time only it and later ones are
+    asked.
     (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
     n_text = len(works[0]) - len(thoughts)
     low = slot if slot is not None and rng.random() < 0.5 else n_text
@@ -1263,8 +1282,7 @@ def coconut_loss(run, model, stage, rng, n=None):
     if kind.exchange and run.exchanges and stage == "all" and rng.random() < 0.5:
         # the last one twice as often: half of its exchanges change nothing
         slot = min(int(rng.integers(count + 1)), count - 1)
-        works = [task.work(problem, {slot: donor[slot]})
-                 for problem, donor in zip(problems, rows_before(works))]
+        works = work_all(task, problems, {slot: rows_before(problems)})
     batch = make_batch(run, problems, works, n_text)
     T = batch.text_target.shape[1]
     problem, hidden = encode(run, model, batch, stage, last=max(T, 1))
@@ -1308,16 +1326,16 @@ def stage_scores(run, model, stage="all", few=False):
             answers = answer(run, model, problem, think(model, problem, count))
         tokens += int((ids != -1).sum()) + count * len(problems)
         for own, said in zip(problems, answers):
-            hits[str(run.task.size(own))].append(said == run.task.spell(run.task.work(own)))
+            hits[run.task.size(own)].append(said == run.task.spell(run.task.work(own)))
     every = sum(hits.values(), [])
-    return {**rate(every), "by_digits": {size: rate(each) for size, each in hits.items()},
+    return {**rate(every), "by_digits": rates_of(hits),
             "tokens": tokens / len(every), "seconds": (time.time() - begin) / len(every)}
 
 def train_coconut(run):
     """The curriculum. Each stage is measured before its first step and after its last one."""
     cfg = run.cfg
     model = new_model(run, released_weights(run) if cfg.pretrained else None)
-    if cfg.pretrained and not (run.out / "base").exists():
+    if cfg.pretrained and not (run.out / "base" / "model.safetensors").exists():
         save_model(run, "base", model)
     reached = load_last(run).get("phase", "").removeprefix("coconut ")
     stages = stages_of(run)
@@ -1475,12 +1493,8 @@ def solve(run, model, problems, donors={}):
     """Think problems and work them by hand. The thoughts, and steps, of some slots are given by
     donors {slot: as many problems}. -> Solved. All causal figures, examples and ask are made of
     this experiment."""
-    task, given, steps = run.task, {}, [{} for _ in problems]
-    for slot, others in donors.items():
-        given[slot] = think_through(run, model, others)[1][slot]
-        for own, other in zip(steps, others):
-            own[slot] = task.work(other)[slot]
-    works = [task.work(own, s) if s else task.work(own) for own, s in zip(problems, steps)]
+    given = {slot: think_through(run, model, others)[1][slot] for slot, others in donors.items()}
+    works = work_all(run.task, problems, donors)
     problem, thoughts = think_through(run, model, problems, given)
     return Solved(problems, works, problem, thoughts, answer(run, model, problem, thoughts))
 
@@ -1546,6 +1560,8 @@ def oracle_scores(run, oracle, known, never, families):
             asked = [case for case in known if task.fields(case.step) is not None]
         else:
             asked = known
+        if not asked:
+            continue
         gold = [truth(task, case.problem, case.steps, case.slot, family) for case in asked]
         said = ask(run, oracle, stack(asked), run.text.held_out[family])
         scores[family] = rate([s == g for s, g in zip(said, gold)])
@@ -1616,12 +1632,12 @@ def donations(run, tests, test, slot, rng):
                 break
     having = defaultdict(list)
     for problem in task.draw(rng, TRAIN, size, 5000):
-        having[task.work(problem)[slot]].append(problem)
-    same = [having[steps[slot]] or [own] for own, steps in zip(problems, test.works)]
+        having[task.say(task.work(problem)[slot])].append(problem)
+    same = [having[task.say(steps[slot])] or [own] for own, steps in zip(problems, test.works)]
     found.append(("iia_same", {slot: [each[rng.integers(len(each))] for each in same]}))
     return found
 
-def follow(run, oracle, test, slot, patched, hits):
+def follow(run, oracle, test, slot, patched, hits, by_slot):
     """With one slot given by another problem: where the answer should be another, and where later
     steps should, is it? And what does the next thought say, where its step is another?"""
     moved = []
@@ -1629,7 +1645,7 @@ def follow(run, oracle, test, slot, patched, hits):
         steps, own = patched.works[row], test.works[row]
         if run.task.spell(steps) != run.task.spell(own):
             hits["iia_changed"].append(right)
-            hits["slot", slot].append(right)
+            by_slot[slot].append(right)
         if steps[slot + 1:] != own[slot + 1:]:
             hits["iia_flow"].append(right)
             if steps[slot + 1] != own[slot + 1] and not run.task.never_read(steps[slot + 1]):
@@ -1641,13 +1657,14 @@ def follow(run, oracle, test, slot, patched, hits):
 
 def causal_scores(run, model, oracle, tests):
     """What answers and later thoughts do when thoughts are given -> the section "causal"."""
-    hits, rng = defaultdict(list), rng_of(run.cfg.seed, "donors")
+    rng = rng_of(run.cfg.seed, "donors")
+    keep, hits, by_slot = defaultdict(list), defaultdict(list), defaultdict(list)
     for test in tests:
         mean = [thought.map(lambda x: x.mean(0, keepdim=True).expand_as(x))
                 for thought in test.thoughts]
         for name, thoughts in (("mean", mean), ("swap", [t.roll() for t in test.thoughts])):
             answers = answer(run, model, test.problem, thoughts)
-            hits["keep", name] += [now == own for now, own in zip(answers, test.answers)]
+            keep[name] += [now == own for now, own in zip(answers, test.answers)]
         for slot in range(len(test.thoughts) if run.exchanges else 0):
             for name, donors in donations(run, tests, test, slot, rng):
                 patched = solve(run, model, test.problems, donors)
@@ -1657,16 +1674,9 @@ def causal_scores(run, model, oracle, tests):
                     rows = zip(donors[slot], test.problems, patched.answers, test.answers)
                     hits[name] += [now == was for donor, own, now, was in rows if donor != own]
                 if name == "iia":
-                    follow(run, oracle, test, slot, patched, hits)
-    scores = {"keep": {name: rate(hits["keep", name]) for name in ("mean", "swap")}}
-    if run.exchanges:
-        for name in ("iia", "iia_changed", "iia_flow", "iia_same", "iia_two", "iia_three",
-                     "iia_size", "said_after"):
-            if hits[name]:
-                scores[name] = rate(hits[name])
-        slots = sorted(key[1] for key in hits if key[0] == "slot")
-        scores["by_slot"] = {str(slot): rate(hits["slot", slot]) for slot in slots}
-    return scores
+                    follow(run, oracle, test, slot, patched, hits, by_slot)
+    scores = {"keep": rates_of(keep), **rates_of(hits)}
+    return {**scores, "by_slot": rates_of(by_slot)} if run.exchanges else scores
 
 def in_words(run, oracle, solved, donors={}):
     """Solved problems as ask and the report show them -> a dict for each."""
@@ -2014,7 +2024,7 @@ def check(cfg):
     out, stage, parts = Path(cfg.out), cfg.stage, parts_of(cfg)
     done = [part for part, (_, name) in PARTS.items() if (out / name).exists()]
     started = (out / "config.json").exists()
-    again = started if stage in ("all", "coconut") else stage in done and stage != "eval"
+    again = started or done if stage in ("all", "coconut") else stage in done and stage != "eval"
     needed = {"all": [], "coconut": [], "eval": parts[:-1], "ask": {"coconut", "oracle"} & {*parts}}
     missing = [part for part in needed.get(stage, ["coconut"]) if part not in done]
     for refused, why in (
@@ -2050,9 +2060,10 @@ def load_task(cfg):
     for name in ("draw", "size", "text", "work", "say", "spell"):
         if not hasattr(task, name):
             raise UserError(f"--task {cfg.task}: class Task has no {name}, see Sums")
-    if {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"}:
-        raise UserError(f"--task {cfg.task}: FIELDS has a name that the program uses, of "
-                        f"{', '.join(NOUNS)}")
+    taken = {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"}
+    if taken:
+        raise UserError(f"--task {cfg.task}: FIELDS has a name that the program uses: "
+                        f"{', '.join(sorted(taken))}")
     return task
 
 def open_run(cfg):

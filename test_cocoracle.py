@@ -860,6 +860,8 @@ def test_evaluating_again_gives_the_same_figures(mini, tmp_path):
     """--stage eval on a copy gives the figures of the whole run, apart from seconds; on validation other problems."""
     out, r, _ = mini
     shutil.copytree(out, tmp_path / "run")
+    stale = {**r, "causal": {**r["causal"], "iia_size": co.rate([True])}}  # of an evaluation with cases that this lacks
+    (tmp_path / "run/results.json").write_text(json.dumps(stale))
     assert co.command_line(["--stage", "eval", "--out", str(tmp_path / "run"), "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "run/results.json").read_text())
     for section in ("oracle", "lora", "controls", "causal", "probes", "examples"):

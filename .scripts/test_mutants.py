@@ -123,14 +123,14 @@ def test_donations_and_what_follows(monkeypatch):
     assert {name: len(donors) for name, donors in found.items()} == {
         "iia": 1, "iia_two": 2, "iia_three": 3, "iia_size": 1, "iia_same": 1}
     given = co.solve(run, None, test.problems, found["iia"])
-    co.follow(run, None, test, 1, given, hits)
+    co.follow(run, None, test, 1, given, hits, defaultdict(list))
     pairs = zip(given.works, test.works)
     known = [not run.task.never_read(steps[2]) for steps, own in pairs if steps[2] != own[2]]
     assert len(hits["said_after"]) == sum(known) and 0 < sum(known) < len(known)
     steps, hits = co.columns(347, 285), defaultdict(list)
     late = [*steps[:2], steps[2]._replace(digit=9), steps[3]]  # the next step is as it was: it is not asked
     one, other = (SimpleNamespace(works=[each], answers=[""], thoughts=[]) for each in (steps, late))
-    co.follow(run, None, one, 0, other, hits)
+    co.follow(run, None, one, 0, other, hits, defaultdict(list))
     assert len(hits["iia_flow"]) == 1 and not hits["said_after"]
     views = co.examples(run, None, None, tests, n=6)  # the middle slot is given
     assert [list(view["exchanged"]["donors"]) for view in views] == [[1]] * 6

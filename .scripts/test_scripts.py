@@ -375,6 +375,7 @@ def test_a_task_of_ones_own(tmp_path):
     ("return False", "return True", "never_read: .*size 3"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
     ("n)]", "n if split < 2 else 3)]", "draw: of size 3, .* 3 of 4 for test"),
     ("n)]", "n if split else 0)]", "draw: .*size 3"),
+    ("return False", "return False\n    def looser(self, said): return {'x': said[0]}", "looser: IndexError"),
     ("size(self, problem): return 3", "size(self, problem): return 4", "size: not 3: problem 8")])
 def test_a_mistake_in_a_task(tmp_path, capsys, good, bad, says):
     """It is one line that names the method and the problem, exit 2, and nothing is written."""
