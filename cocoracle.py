@@ -420,7 +420,7 @@ def try_out(task, text, cfg, exchanges):
         try:
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             tests = task.draw(rng_of(0, "held out"), SPLITS[cfg.split], size, 4)
-            if not drawn or len(tests) < 4:  # exchanges need three other problems
+            if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
                 raise UserError(f"the task's draw: of size {size}, {len(drawn)} problems to train "
                                 f"on and {len(tests)} of 4 for {cfg.split}")
             like, left = task.work(drawn[0]), 0
