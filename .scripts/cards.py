@@ -50,6 +50,8 @@ print(tokenizer.decode(answer[1:-1]))  # {answer}
 def write_cards(cfg):
     """A model card, README.md, in the folder of each model."""
     out, results = Path(cfg.out), co.load_json(Path(cfg.out) / "results.json")
+    if "examples" not in results:
+        raise co.UserError(f"{out} has no finished run: python cocoracle.py --out {out} first")
     view, kind = results["examples"][0], co.KINDS[results["config"]["thoughts"]]
     own = "out.last_hidden_state[:, -1:]"
     filled = {
@@ -64,4 +66,8 @@ def write_cards(cfg):
             co.write_atomic(out / name / "README.md", CARD.format(name=name, role=role, **filled))
 
 if __name__ == "__main__":
-    write_cards(co.parse(sys.argv[1:]))
+    try:
+        write_cards(co.parse(sys.argv[1:]))
+    except co.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -236,7 +236,10 @@ def test_the_model_card_thinks(mini, capsys, monkeypatch):
     """The Python of coconut's README.md, plain transformers, gives the answer that it says, and other problems' too."""
     out, r, _ = mini
     monkeypatch.chdir(out)
-    module_of(".scripts/cards.py").write_cards(co.parse(["--out", "."]))
+    cards = module_of(".scripts/cards.py")
+    with pytest.raises(co.UserError, match="no finished run"):
+        cards.write_cards(co.parse(["--out", "nowhere"]))
+    cards.write_cards(co.parse(["--out", "."]))
     card = Path("coconut/README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
     assert co.headline(r) in card and co.tables(r) in card and Path("lora/README.md").read_text().startswith("# lora")
