@@ -1100,8 +1100,8 @@ def test_released_weights_equal_transformers(tmp_path, model):
         hidden, segment, _ = ours(ours.wte(ids))
         assert near(ours.logits(hidden)[..., :50257], logits, 1e-3)
         with torch.autocast("cpu", torch.bfloat16):
-            low = ours.logits(ours(ours.wte(ids))[0])[..., :50257].float()
-        assert (low - logits).pow(2).mean().sqrt() < 0.05 * logits.std()
+            low = ours.logits(ours(ours.wte(ids[:, :5]))[0])[..., :50257].float()  # few: CPUs emulate it
+        assert (low - logits[:, :5]).pow(2).mean().sqrt() < 0.05 * logits.std()
         ours.wte.weight[50257:] = 0  # as in a model without these tokens: their logits are 0, never the highest
         written, _ = co.write(ours, co.Problem([segment], hidden[:, -1:], 20), stop=-1, limit=24)
         greedy = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
