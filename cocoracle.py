@@ -204,8 +204,7 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------
 # 3. The problem: 347+285, its steps, its counterfactual, its tokens, the split
 
-TRAIN, VALIDATION, TEST = 0, 1, 2
-SPLITS = {"validation": VALIDATION, "test": TEST}
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 class Step(NamedTuple):
     """One column of a sum. The final carry is a step, too: (None, None, carry, carry, 0)."""
@@ -419,7 +418,7 @@ def try_out(task, text, cfg, exchanges):
         problem = f"of size {size}"
         try:
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
-            tests = task.draw(rng_of(0, "held out"), SPLITS[cfg.split], size, 4)
+            tests = task.draw(rng_of(0, "held out"), cfg.split, size, 4)
             if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
                 raise UserError(f"the task's draw: of size {size}, {len(drawn)} problems to train "
                                 f"on and {len(tests)} of 4 for {cfg.split}")
@@ -790,21 +789,15 @@ def write(model, problem, stop, limit, times=1):
     ids = torch.stack(written, dim=1) if written else left.new_zeros(len(left), 0)
     return ids, problem._replace(past=past, hidden=hidden, end=end)
 
-def read_problems(run, model, problems, stage="all"):
-    """Problems of one size, up to the first thought: the model writes the text steps of the stage
-    itself -> Problem, number of thoughts, ids written (B, <= limit)."""
+def think_through(run, model, problems, given={}, stage="all"):
+    """Problems of one size, read and thought as at a stage, whose text steps the model writes
+    itself -> Problem, list of Thoughts."""
     works = [run.task.work(problem) for problem in problems]
     n_text, count = plan(run, len(works[0]), stage)
     with evaluating(run, model):
         problem, _ = encode(run, model, make_batch(run, problems, works, 0), stage)
         limit = n_text * (run.text.longest + 1)
-        ids, problem = write(model, problem, run.text.sep, limit, times=n_text)
-    return problem, count, ids
-
-def think_through(run, model, problems, given={}):
-    """Problems of one size, read and thought, all slots -> Problem, list of Thoughts."""
-    problem, count, _ = read_problems(run, model, problems)
-    with evaluating(run, model):
+        _, problem = write(model, problem, run.text.sep, limit, times=n_text)
         return problem, think(model, problem, count, given)
 
 def answer(run, model, problem, thoughts):
@@ -1196,20 +1189,18 @@ def load_json(path):
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{path} cannot be read ({e}): restore it, or choose another --out") from e
 
-def merged(old, new):
-    """Dicts merged at every depth. Where only one is a dict, the new one."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
-
 def record(run, **sections):
-    """Put sections into results.json, stages of the coconut beside others -> all of it."""
-    results = load_json(run.out / "results.json")
-    if "coconut" in sections:
-        sections["coconut"] = merged(results.get("coconut"), sections["coconut"])
-    results |= sections
+    """Put sections into results.json, in place of those of the same name -> all of it."""
+    results = load_json(run.out / "results.json") | sections
     write_atomic(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
+
+def record_stage(run, stage, scores, **others):
+    """Put what is measured of a stage of the coconut, and others of its figures, into its section."""
+    coconut = load_json(run.out / "results.json").get("coconut", {"stages": {}})
+    before = coconut["stages"].get(stage, {})
+    stages = {**coconut["stages"], stage: {**before, **scores}}
+    return record(run, coconut={**coconut, "stages": stages, **others})
 
 def wilson(p, n):
     """A share p of n -> a rate, with its Wilson 95% interval (1927)."""
@@ -1311,7 +1302,7 @@ def held_out(run, most, few=False):
     n = min(200, cfg.eval_problems) if few else cfg.eval_problems
     n = max(4, math.ceil(n / len(cfg.digits)))  # exchanges need three other problems
     for size in cfg.digits:
-        problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), SPLITS[cfg.split], size, n)
+        problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), cfg.split, size, n)
         parts = math.ceil(len(problems) / most)
         batches += [problems[part::parts] for part in range(parts)]
     return batches
@@ -1321,10 +1312,10 @@ def stage_scores(run, model, stage="all", few=False):
     with "by_digits", and a problem's tokens (or thoughts) before the answer and seconds."""
     hits, tokens, begin = defaultdict(list), 0, time.time()
     for problems in held_out(run, 250, few):
-        problem, count, ids = read_problems(run, model, problems, stage)
-        with evaluating(run, model):
-            answers = answer(run, model, problem, think(model, problem, count))
-        tokens += int((ids != -1).sum()) + count * len(problems)
+        problem, thoughts = think_through(run, model, problems, stage=stage)
+        answers = answer(run, model, problem, thoughts)
+        tokens += sum(int(token.valid.sum()) for token in problem.past[1:])
+        tokens += len(thoughts) * len(problems)
         for own, said in zip(problems, answers):
             hits[run.task.size(own)].append(said == run.task.spell(run.task.work(own)))
     every = sum(hits.values(), [])
@@ -1342,7 +1333,7 @@ def train_coconut(run):
     for stage in stages[stages.index(reached) if reached in stages else 0:]:
         if stage != reached:
             switch = stage_scores(run, model, stage, few=True)
-            record(run, coconut={"stages": {stage: {"at_switch": switch}}})
+            record_stage(run, stage, {"at_switch": switch})
         named = {"0": ("text", cfg.train_text), "all": ("last", cfg.train_latent)}
         recipe, steps = named[stage] if stage in named else ("mixed", cfg.train_mixed * int(stage))
 
@@ -1355,7 +1346,7 @@ def train_coconut(run):
             save_model(run, "base", model)
         scores = stage_scores(run, model, stage)
         print(f"coconut {stage:<3} | held-out exact match {show_rate(scores)}", flush=True)
-        record(run, coconut={"stages": {stage: scores}})
+        record_stage(run, stage, scores)
     save_model(run, "coconut", model)
 
 # --------------------------------------------------------------------------------------------------
@@ -1370,45 +1361,47 @@ def whitener_of(run, model):
         readings += [thought.reading for thought in thoughts]
     return Whitener(torch.cat(readings))
 
-class Pool:
+def pool_of(run, model, each=512, life=32):
     """Whitened thoughts of fresh problems for readers in training: `each` of every size, made anew
-    every `life` steps, as a function of the step."""
+    every `life` steps. -> draw(step, rng, n), a function of the step: n problems of one size, their
+    steps, readings (n, K, C)."""
+    white, sizes = whitener_of(run, model), sorted(run.cfg.digits)
 
-    def __init__(self, run, model, each=512, life=32):
-        self.run, self.model, self.each, self.life = run, model, each, life
-        self.refill, self.white = None, whitener_of(run, model)
+    @lru_cache(maxsize=1)
+    def made(refill):
+        pools = []
+        for size in sizes:
+            rng = rng_of(run.cfg.seed, "pool", size, refill)
+            problems = run.task.draw(rng, TRAIN, size, each)
+            works = [run.task.work(problem) for problem in problems]
+            readings = []
+            for start in range(0, len(problems), 1000):
+                _, thoughts = think_through(run, model, problems[start:start + 1000])
+                readings.append(white(readings_of(thoughts)))
+            pools.append((problems, works, torch.cat(readings)))
+        return pools
 
-    def draw(self, step, rng, n):
-        """n problems of one size -> problems, their steps, readings (n, K, C)."""
-        run, sizes = self.run, sorted(self.run.cfg.digits)
-        if self.refill != step // self.life:
-            self.refill, self.made = step // self.life, []
-            for size in sizes:
-                rng_made = rng_of(run.cfg.seed, "pool", size, self.refill)
-                problems = run.task.draw(rng_made, TRAIN, size, self.each)
-                works = [run.task.work(problem) for problem in problems]
-                readings = []
-                for start in range(0, len(problems), 1000):
-                    _, thoughts = think_through(run, self.model, problems[start:start + 1000])
-                    readings.append(self.white(readings_of(thoughts)))
-                self.made.append((problems, works, torch.cat(readings)))
+    def draw(step, rng, n):
         shares = 2.0 ** np.arange(len(sizes))  # long problems are learnt later
-        problems, works, readings = self.made[rng.choice(len(sizes), p=shares / shares.sum())]
+        chosen = rng.choice(len(sizes), p=shares / shares.sum())
+        problems, works, readings = made(step // life)[chosen]
         rows = rng.integers(len(problems), size=n)
         return [problems[row] for row in rows], [works[row] for row in rows], (
             readings.index_select(0, put(rows, readings.device)))
+
+    return draw
 
 def train_oracle(run, name="oracle"):
     """The seed's self-oracle: the coconut, fine-tuned to read the thoughts of its frozen former
     self. Or "lora", a separate, frozen base model with an adapter, on the same data."""
     cfg, lora = run.cfg, name == "lora"
-    pool = Pool(run, load_model(run, "coconut"))
+    draw = pool_of(run, load_model(run, "coconut"))
     model = load_model(run, "base" if lora else "coconut")
     if lora:
         add_lora(model)
 
     def loss_of(step, rng):
-        problems, works, readings = pool.draw(step, rng, cfg.batch_size)
+        problems, works, readings = draw(step, rng, cfg.batch_size)
         questions, targets, rows, slots = draw_questions(
             run, rng, families_of(run), problems, works)
         # Operands come first and are learnt last: three steps of four go no further than half of
@@ -1463,12 +1456,12 @@ def field_hits(run, probe, readings, steps):
 def train_probes(run):
     """Linear probes, and probes with one hidden layer."""
     # probes take so many readings a step that a small pool would be learnt by heart
-    pool, weights = Pool(run, load_model(run, "coconut"), each=8000, life=2**31), {}
+    draw, weights = pool_of(run, load_model(run, "coconut"), each=8000, life=2**31), {}
     for name, hidden in PROBES.items() if run.task.FIELDS else ():
         probe = new_probe(run, hidden)
 
         def loss_of(step, rng):
-            _, works, readings = pool.draw(step, rng, 512)
+            _, works, readings = draw(step, rng, 512)
             rows, slots = readable(run.task, rng, works)
             steps = [works[row][slot] for row, slot in zip(rows, slots)]
             loss, hits = field_hits(run, probe, pick(readings, rows, slots), steps)
@@ -1728,10 +1721,9 @@ def evaluate(run):
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
     scores, oracle = stage_scores(run, coconut), None  # after these, for its seconds: warm
     text = stage_scores(run, coconut, "0")
+    record_stage(run, "all", scores, by_digits=scores["by_digits"], text_after=text,
+                 teacher_forced=rate(forced(run, coconut, tests)))
     sections = {
-        "coconut": {"stages": {"all": scores}, "by_digits": scores["by_digits"],
-                    "teacher_forced": rate(forced(run, coconut, tests)),
-                    "text_after": text},
         "cost": {name: {"tokens": stage["tokens"], "seconds": stage["seconds"]}
                  for name, stage in (("text", text), ("thoughts", scores))},
         "config": run.cfg.knobs, "env": environment(run.cfg)}

@@ -106,8 +106,7 @@ def test_a_thought_is_the_last_hidden_state_fed_back():
     run = run_of("--read-layer", "0.3", "--digits", 3)
     model = rough(run)
     with torch.no_grad():
-        problem, count, _ = co.read_problems(run, model, PROBLEMS)
-        thoughts = co.think(model, problem, count)
+        _, thoughts = co.think_through(run, model, PROBLEMS)
         batch = co.make_batch(run, PROBLEMS, [run.task.work(p) for p in PROBLEMS], 0)
         x = model.wte(batch.prefix)
         for thought in thoughts:
@@ -115,7 +114,7 @@ def test_a_thought_is_the_last_hidden_state_fed_back():
             x = torch.cat([x, hidden[:, -1:]], dim=1)
             hidden, _, stream = model(x)
             assert near(thought.hidden, hidden[:, -1:]) and near(thought.reading, stream[:, -1])
-    assert count == 4 and thoughts[0].reading.shape == (3, 96) and model.read == 1
+    assert len(thoughts) == 4 and thoughts[0].reading.shape == (3, 96) and model.read == 1
 
 def long_addition(a, b):
     """a + b as children do it, with no arithmetic on more than two digits -> digits, carries."""
@@ -161,9 +160,8 @@ def test_thoughts_given_are_taken_as_they_stand():
     run = run_of()
     model = rough(run)
     with torch.no_grad():
-        problem, count, _ = co.read_problems(run, model, PROBLEMS)
-        own = co.think(model, problem, count)
-        again = co.think(model, problem, count, dict(enumerate(own[:-1])))
+        problem, own = co.think_through(run, model, PROBLEMS)
+        again = co.think(model, problem, 4, dict(enumerate(own[:-1])))
     assert all(x is y for x, y in zip(own[:-1], again[:-1]))
     assert torch.equal(own[-1].hidden, again[-1].hidden) and torch.equal(own[-1].reading, again[-1].reading)
     for (k, v), (k2, v2) in zip(own[-1].seen.kv, again[-1].seen.kv):
@@ -175,9 +173,8 @@ def test_a_given_thought_changes_what_follows_alone():
     run = run_of("--thoughts", "plain")
     model = rough(run)
     with torch.no_grad():
-        problem, count, _ = co.read_problems(run, model, PROBLEMS)
-        own = co.think(model, problem, count)
-        mixed = co.think(model, problem, count, {1: own[1].roll()})
+        problem, own = co.think_through(run, model, PROBLEMS)
+        mixed = co.think(model, problem, len(own), {1: own[1].roll()})
         # by hand: slot 2 is fed the donor's state, and sees the donor's keys and values in slot 1
         past = [*problem.past, own[0].seen, own[1].seen.map(lambda x: x.roll(1, 0))]
         hidden, seen, _ = model(own[1].hidden.roll(1, 0), past, problem.end + 2)
@@ -193,8 +190,8 @@ def test_behind_the_bottleneck_the_answer_sees_thoughts_alone():
         run = run_of("--thoughts", kind)
         model = rough(run)
         with torch.no_grad():
-            problem, count, _ = co.read_problems(run, model, PROBLEMS, stage)
-            one = [t.map(lambda x: x[:1].expand_as(x)) for t in co.think(model, problem, count)]
+            problem, thoughts = co.think_through(run, model, PROBLEMS, stage=stage)
+            one = [t.map(lambda x: x[:1].expand_as(x)) for t in thoughts]
             eot = model.wte(torch.full((3, 1), run.text.eot))
             hidden, _, _ = model(eot, *problem.for_answer(one))
         assert near(hidden[0], hidden[1], 1e-5) == same
@@ -249,26 +246,28 @@ def test_splits():
     keys = {split: [tuple(sorted(p)) for p in problems] for split, problems in drawn.items()}
     assert len(set(keys[co.TEST])) == len(keys[co.TEST]) and len(set(keys[co.VALIDATION])) == len(keys[co.VALIDATION])
     assert not set(keys[co.TRAIN]) & set(keys[co.TEST]) and not set(keys[co.TRAIN]) & set(keys[co.VALIDATION])
-    shares = np.bincount([co.split_of(f"{a}+{b}") for a in range(100, 300) for b in range(a, 300)]) / 20100
+    splits = [co.split_of(f"{a}+{b}") for a in range(100, 300) for b in range(a, 300)]
+    shares = [splits.count(split) / 20100 for split in (co.TRAIN, co.VALIDATION, co.TEST)]
     assert np.allclose(shares, (0.85, 0.05, 0.10), atol=0.01)
 
 # A hand-made model: a thought is its step, as numbers, worked from its problem and the carry of the thought before.
 class ByHand:
     def __init__(self, monkeypatch, run, chain=True, answer_from="thoughts", say=None):
         self.task, self.chain, self.answer_from = run.task, chain, answer_from
-        monkeypatch.setattr(co, "read_problems", self.read)
+        monkeypatch.setattr(co, "think_through", self.think_through)
         monkeypatch.setattr(co, "think", self.think)
         monkeypatch.setattr(co, "answer", self.answer)
         monkeypatch.setattr(co, "ask", say or self.ask)
 
-    def read(self, run, model, problems, stage="all"):
-        return co.Problem(problems, torch.zeros(len(problems), 1, 1), 0), len(run.task.work(problems[0])), None
+    def think_through(self, run, model, problems, given={}, stage="all"):
+        problem = co.Problem([], torch.zeros(len(problems), 1, 1), 0, pause=problems)
+        return problem, self.think(model, problem, len(run.task.work(problems[0])), given)
 
     def think(self, model, problem, count, given={}):
         thoughts = []
         for slot in range(count):
             rows = []
-            for row, own in enumerate(problem.past):
+            for row, own in enumerate(problem.pause):
                 step = self.task.work(own)[slot]
                 if slot and self.chain:
                     carry = int(thoughts[-1].reading[row, 4])
@@ -285,8 +284,8 @@ class ByHand:
 
     def answer(self, run, model, problem, thoughts):
         if self.answer_from == "problem":
-            return [self.task.spell(self.task.work(own)) for own in problem.past]
-        return [self.task.spell(self.steps(thoughts, row)) for row in range(len(problem.past))]
+            return [self.task.spell(self.task.work(own)) for own in problem.pause]
+        return [self.task.spell(self.steps(thoughts, row)) for row in range(len(problem.pause))]
 
     def ask(self, run, oracle, readings, question=None):
         thoughts = [co.Thought(None, None, readings)]
@@ -772,7 +771,7 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole program, on one trained miniature
 
-MINI = ("--digits 2 --batch-size 32 --train-text 150 --train-mixed 80 --train-latent 600 --train-lora 150 "
+MINI = ("--digits 2 --batch-size 32 --train-text 150 --train-mixed 40 --train-latent 600 --train-lora 120 "
         "--train-probes 200 --eval-problems 120 --device cpu").split()
 SHORT = ("--digits 2 --batch-size 4 --train-text 3 --train-mixed 1 --train-latent 3 --train-oracle 3 --train-lora 3 "
          "--train-probes 3 --eval-problems 8 --device cpu").split()
@@ -915,12 +914,11 @@ def test_load_for_notebooks(mini):
     """load() gives a run, its model and its reader: think, answer and ask as the README shows."""
     out, _, _ = mini
     run, model, oracle = co.load(out, device="cpu")
-    problem, count, _ = co.read_problems(run, model, [(47, 85), (31, 22)])
-    own = co.think(model, problem, count)
+    problem, own = co.think_through(run, model, [(47, 85), (31, 22)])
     assert co.answer(run, model, problem, own) == ["132", "53"]
     said = co.ask(run, oracle, own[0].reading)
     assert [run.task.looser(s)["result"] for s in said] == ["2 carry 1", "3"]
-    given = co.think(model, problem, count, {0: own[0].roll()})
+    given = co.think(model, problem, len(own), {0: own[0].roll()})
     assert co.answer(run, model, problem, given)[0] == "123"
 
 def test_from_pretrained_loads_what_is_saved(mini):

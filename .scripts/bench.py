@@ -31,8 +31,8 @@ def train(run, model, optimizers, loss_of, step):
     co.train_step(run, model, optimizers, "bench", step,
                   lambda step, rng: loss_of(run, model, rng=rng))
 
-def oracle_loss(pool, run, model, rng):
-    problems, works, readings = pool.draw(0, rng, run.cfg.batch_size)
+def oracle_loss(draw, run, model, rng):
+    problems, works, readings = draw(0, rng, run.cfg.batch_size)
     questions, targets, rows, slots = co.draw_questions(run, rng, ["step"], problems, works)
     vectors = co.pick(readings, rows, slots)
     loss, right = co.oracle_loss(run, model, questions, targets, vectors)
@@ -41,9 +41,7 @@ def oracle_loss(pool, run, model, rng):
 def answers(run, model, step):
     rng, (size,) = co.rng_of(run.cfg.seed, "bench", step), run.cfg.digits
     problems = run.task.draw(rng, co.TRAIN, size, run.cfg.batch_size)
-    problem, count, _ = co.read_problems(run, model, problems)
-    with co.evaluating(run, model):
-        co.answer(run, model, problem, co.think(model, problem, count))
+    co.answer(run, model, *co.think_through(run, model, problems))
 
 def seconds_of(device, call):
     """Median seconds of a warm call, and how much longer the first one took: compiling."""
@@ -100,13 +98,13 @@ def main(argv):
     run = co.open_run(cfg)
     one = run._replace(cfg=dataclasses.replace(cfg, batch_size=1, accumulate=16))
     peaks, model, steps = [matrix_product(cfg)], co.new_model(run), {}
-    pool, thoughts = co.Pool(run, model), partial(co.coconut_loss, stage="all")
-    pool.draw(0, co.rng_of(0), 1)  # fills it
+    draw, thoughts = co.pool_of(run, model), partial(co.coconut_loss, stage="all")
+    draw(0, co.rng_of(0), 1)  # fills it
     for name, run_of, loss_of in (
             ("text step", run, partial(co.coconut_loss, stage="0")),
             ("all-thoughts step", run, thoughts),
             ("one example at a time, 16 added up", one, thoughts),
-            ("oracle step", run, partial(oracle_loss, pool)),
+            ("oracle step", run, partial(oracle_loss, draw)),
             ("answers", run, None)):
         steps[name] = measure(run_of, model, peaks, loss_of)
         if len(steps) == 1:

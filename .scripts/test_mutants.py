@@ -95,8 +95,9 @@ def test_the_longest_problem_is_counted_in_positions():
 def test_tokens_before_the_answer(monkeypatch):
     """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""
     run, _ = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 8)
-    read = co.read_problems
-    monkeypatch.setattr(co, "read_problems", lambda *args: (*read(*args)[:2], torch.tensor([[7, -1]] * 8)))
+    through, written = co.think_through, [co.Segment((), torch.tensor([[row < 1]] * 8)) for row in range(4)]
+    monkeypatch.setattr(co, "think_through", lambda *args, stage: (
+        (found := through(*args))[0]._replace(past=[None, *written]), found[1]))
     monkeypatch.setattr(co, "time", SimpleNamespace(time=itertools.count(5).__next__))
     scores = co.stage_scores(run, None)
     assert scores["tokens"] == 1 + 3 and scores["exact"] == 1.0 and scores["seconds"] == 1 / 8
@@ -147,7 +148,7 @@ def test_what_an_oracle_s_step_trains(monkeypatch):
         totals = [loss_of(step, co.rng_of(step)).total.item() for step in range(200)]
         assert totals.count(2.0) == len(rehearsed)
 
-    monkeypatch.setattr(co, "Pool", lambda *args: SimpleNamespace(draw=lambda step, rng, n: drawn))
+    monkeypatch.setattr(co, "pool_of", lambda *args: lambda step, rng, n: drawn)
     monkeypatch.setattr(co, "oracle_loss", lambda run, model, questions, targets, vectors, most=None: reached.append(
         most) or (loss.total, loss.right))
     monkeypatch.setattr(co, "coconut_loss", lambda *args: rehearsed.append(args[-1]) or loss)
