@@ -409,6 +409,11 @@ class Text:
             kept.append(token)
         return self.enc.decode(kept)
 
+def fit_classes(fields, classes):
+    """Whether the fields of a step are None, or one of the classes of each of FIELDS."""
+    return fields is None or [*fields] == [*classes] and all(
+        0 <= fields[name] < classes[name] for name in classes)
+
 def try_out(task, text, cfg, exchanges):
     """Work some problems of each size, so that a mistake in a task of your own costs one line, and
     no training -> most steps of a problem; tokens of the longest problem, step or answer, where
@@ -429,8 +434,7 @@ def try_out(task, text, cfg, exchanges):
                 written = [task.text(problem), task.spell(steps), *map(task.say, steps)]
                 ids = [text.ids(words) for words in written]
                 plain = [text.enc.decode(part) for part in ids if max(part, default=0) < text.eos]
-                fields = [task.fields(step) for step in steps]
-                named = all(each is None or [*each] == [*task.FIELDS] for each in fields)
+                classed = all(fit_classes(task.fields(step), task.FIELDS) for step in steps)
                 looser = [[*task.looser(words)] for words in (*written, "")]
                 for kept, rule in (
                     (task.size(problem) == size, f"size: not {size}"),
@@ -438,7 +442,7 @@ def try_out(task, text, cfg, exchanges):
                      f"work: {len(steps)} steps, of others of its size {len(like)}"),
                     (given[0] == like[0], "work: a given step must be taken as it stands"),
                     (plain == written, "text, say and spell: plain text, no special tokens"),
-                    (named, "fields: None, or values of all FIELDS"),
+                    (classed, "fields: None, or for each of FIELDS a number below its classes"),
                     (looser == looser[:1] * len(looser), "looser: the same names, of any text")):
                     if not kept:
                         raise UserError(f"the task's {rule}: problem {problem!r:.80}")
@@ -1560,10 +1564,10 @@ def oracle_scores(run, oracle, known, never, families):
         scores[family] = rate([s == g for s, g in zip(said, gold)])
     return scores
 
-def probe_scores(run, coconut, known):
+def probe_scores(run, white, known):
     """How often probes find each field of a step, and all of them -> {probe: {field: rate}}."""
     inner = [case for case in known if run.task.fields(case.step) is not None]
-    vectors = whitener_of(run, coconut)(stack(inner))
+    vectors = white(stack(inner))
     weights, scores = read_safetensors(run.out / "probes.safetensors"), {}
     for name, hidden in PROBES.items():
         probe = new_probe(run, hidden)
@@ -1609,13 +1613,11 @@ def donations(run, tests, test, slot, rng):
     iia_size, donors of another size. iia_same: training problems whose step there is the own one,
     word for word (where there is none, the problem itself, which does not count).
     """
-    task, problems = run.task, test.problems
-    donors, found = {slot: rows_before(problems)}, []
-    found.append(("iia", {**donors}))
-    for other in rng.permutation(len(test.thoughts)).tolist():
-        if other not in donors and len(donors) < 3:
-            donors[other] = rows_before(problems, len(donors) + 1)
-            found.append(("iia_two" if len(donors) == 2 else "iia_three", {**donors}))
+    task, problems, donors, found = run.task, test.problems, {}, []
+    others = [other for other in rng.permutation(len(test.thoughts)).tolist() if other != slot]
+    for name, given in zip(("iia", "iia_two", "iia_three"), (slot, *others)):
+        donors = {**donors, given: rows_before(problems, len(donors) + 1)}
+        found.append((name, donors))
     size, final = task.size(problems[0]), task.fields(test.works[0][slot]) is None
     for other in tests:
         if task.size(other.problems[0]) != size and slot < len(other.thoughts):
@@ -1729,7 +1731,8 @@ def evaluate(run):
         "config": run.cfg.knobs, "env": environment(run.cfg)}
     if kind.thoughts:
         oracle = self_oracle(run, coconut)
-        lora = Oracle(load_model(run, "lora"), whitener_of(run, coconut))
+        white = whitener_of(run, coconut)
+        lora = Oracle(load_model(run, "lora"), white)
         known, never = cases_of(run.task, tests)
         asked = families_of(run, whole=not kind.explain)
         sections["oracle"] = oracle_scores(run, oracle, known, never, asked)
@@ -1739,7 +1742,7 @@ def evaluate(run):
         sections["controls"] = control_scores(run, oracle, known)
         sections["causal"] = causal_scores(run, coconut, oracle, tests)
         if run.task.FIELDS:
-            sections["probes"] = probe_scores(run, coconut, known)
+            sections["probes"] = probe_scores(run, white, known)
     record(run, **sections, examples=examples(run, coconut, oracle, tests))
 
 # --------------------------------------------------------------------------------------------------
@@ -1885,8 +1888,7 @@ def donor_of(run, verb, slot, words, current):
 
 def show_chain(run, model, oracle, current, donors):
     """A problem in thoughts, beside the hand-worked one."""
-    # two of a kind: a batch of one row would be compiled anew
-    view = in_words(run, oracle, solve(run, model, [current] * 2, donors), donors)[0]
+    (view,) = in_words(run, oracle, solve(run, model, [current], donors), donors)
     wrong = "" if view["answer"] == view["spelled"] else f"   ! by hand {view['spelled']}"
     print(f"{view['problem']}{view['answer']}{wrong}\nslot  {'worked by hand':<26}the thought says")
     for slot, (step, said) in enumerate(zip(view["steps"], view["said"])):
@@ -1905,12 +1907,12 @@ def respond(run, model, oracle, line, current):
         raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
     if verb != "?":
         donor = donor_of(run, verb, slot, words, current)
-        show_chain(run, model, oracle, current, {slot: [donor] * 2})
+        show_chain(run, model, oracle, current, {slot: [donor]})
     elif any(token in words for token in RESERVED) or len(run.text.ids(words)) > 40:
         raise UserError("ask in at most 40 tokens, none of them special")
     else:
-        _, thoughts = think_through(run, model, [current] * 2)
-        print(ask(run, oracle, thoughts[slot].reading[:1], words)[0], flush=True)
+        _, thoughts = think_through(run, model, [current])
+        print(*ask(run, oracle, thoughts[slot].reading, words), flush=True)
     return current
 
 def ask_loop(run):
@@ -2002,8 +2004,9 @@ def parse(argv):
         raise UserError(f"{out}/config.json is damaged ({e}): choose another --out") from None
     gpu = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpu else "float32"
-    return dataclasses.replace(cfg, device="cuda" if gpu else "cpu", dtype=dtype,
-                               compile=gpu if cfg.compile is None else cfg.compile)
+    # one problem at a time, as in ask, would be compiled anew, and is as fast without
+    compiled = (gpu if cfg.compile is None else cfg.compile) and cfg.stage != "ask"
+    return dataclasses.replace(cfg, device="cuda" if gpu else "cpu", dtype=dtype, compile=compiled)
 
 def parts_of(cfg):
     """The parts of a whole run, in order."""

@@ -763,7 +763,7 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
         x = readings(problems, noise)
         thoughts = [co.Thought(None, None, x[:, slot]) for slot in range(3)]
         tests = [co.Solved(problems, [run.task.work(p) for p in problems], None, thoughts, [])]
-        scores = co.probe_scores(run, None, co.cases_of(run.task, tests)[0])
+        scores = co.probe_scores(run, lambda x: x, co.cases_of(run.task, tests)[0])
         for kind in ("linear", "mlp"):
             assert 170 < scores[kind]["step"]["n"] < 190  # without finals and what is never read
             assert scores[kind]["step"]["exact"] < 0.05 if noise else scores[kind]["step"]["exact"] > 0.95

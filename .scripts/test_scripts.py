@@ -336,7 +336,7 @@ def test_hops_with_a_step_given():
     assert task.work(("3702914856", 4, 3)) == [(4, 9), (9, 6), (6, 4)]
     assert task.work(("3702914856", 4, 3), {1: (0, 2)}) == [(4, 9), (0, 2), (2, 0)]
     assert sum(task.never_read((a, b)) for a in range(10) for b in range(10)) == 10
-    drawn = {split: set(task.draw(co.rng_of(split), split, 3, 300)) for split in (co.TRAIN, co.VALIDATION, co.TEST)}
+    drawn = {split: set(task.draw(co.rng_of(0, split), split, 3, 300)) for split in (co.TRAIN, co.VALIDATION, co.TEST)}
     assert not drawn[co.TRAIN] & drawn[co.TEST] and len(drawn[co.TEST]) == 300
 
 COUNT_DOWN = '''
@@ -375,9 +375,10 @@ def test_a_task_of_ones_own(tmp_path):
     ("given.get(slot, max(left, 0))", "max(left, 0)", "work: a given step .*problem 9"),
     ("f\"left", "f\"<sep>left", "say .* special tokens: problem 8"), ("str(steps[-1])", "steps[-1]", "TypeError"),
     ("str(steps[-1])", "\"\\ud800\"", "spell: plain text"), ("{\"left\": step}", "{}", "fields: .*problem 8"),
+    ("{\"left\": 10}", "{\"left\": 8}", "fields: .*problem 9"),
     ("return False", "return True", "never_read: .*size 3"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
-    ("n)]", "n if split < 2 else 3)]", "draw: of size 3, .* 3 of 4 for test"),
-    ("n)]", "n if split else 0)]", "draw: .*size 3"),
+    ("n)]", "n if split != 'test' else 3)]", "draw: of size 3, .* 3 of 4 for test"),
+    ("n)]", "n if split != 'train' else 0)]", "draw: .*size 3"),
     ("return False", "return False\n    def looser(self, said): return {'x': said[0]}", "looser: IndexError"),
     ("size(self, problem): return 3", "size(self, problem): return 4", "size: not 3: problem 8")])
 def test_a_mistake_in_a_task(tmp_path, capsys, good, bad, says):
