@@ -499,7 +499,7 @@ def test_never_read_steps_reach_no_reader(monkeypatch):
     never a step of a held-out digit pair, in either order; all others are asked. Tests report them apart."""
     pairs = {tuple(sorted(p)) for p in co.Sums.NEVER_READ}
     assert len(pairs) == 6 and all(a <= b for a, b in co.Sums.NEVER_READ) and set(sum(pairs, ())) == set(range(10))
-    run = run_of("--digits", "2", "--batch-size", 32)
+    run = run_of("--digits", "2", "--batch-size", 16)
     task, model, shown = run.task, rough(run), set()
     truth = co.truth
     monkeypatch.setattr(co, "truth", lambda task, problem, steps, slot, family: shown.add(steps[slot]) or truth(
@@ -667,9 +667,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
 def test_resume_is_bit_for_bit(tmp_path, monkeypatch):
     """A phase that was ended in the middle goes on to the same weights, and to the same log of its last steps."""
     monkeypatch.setattr(co, "LOG_EVERY", 4)
-    whole = train(run_of(out=tmp_path / "a"))
+    whole = train(run_of("--batch-size", 8, out=tmp_path / "a"))
     monkeypatch.setattr(co, "SAVE_EVERY", 0)
-    run, save = run_of(out=tmp_path / "b"), co.save_last
+    run, save = run_of("--batch-size", 8, out=tmp_path / "b"), co.save_last
 
     def die(run, phase, step, *rest):
         save(run, phase, step, *rest)
