@@ -10,7 +10,7 @@ written steps by *continuous thoughts* (Coconut). Then we ask what a thought hol
 problem's thought in place of one of its own. Two functions carry the whole file:
 
     columns(a, b, given)                  work the sum by hand, some steps given     (section 3)
-    think(model, problem, count, given)   think it in the model, some thoughts given (section 5)
+    think(model, prompt, count, given)    think it in the model, some thoughts given (section 5)
 
 If thoughts mean what they say, the model answers what the hand-worked sum spells.
 
@@ -723,9 +723,9 @@ class Thought(NamedTuple):
         """To each problem the thought of the row before."""
         return self.map(lambda x: x.roll(1, 0))
 
-class Problem(NamedTuple):
-    """A batch of problems as the model has read them, up to the first thought."""
-    past: list  # segments: the problem, and the text steps that the model wrote
+class Prompt(NamedTuple):
+    """A batch of problems as the model has read them, up to the first thought; or any text so far."""
+    past: list  # segments: the problem, and the text steps that the model wrote, a token each
     hidden: torch.Tensor  # (B, 1, C) the last hidden state: what the first thought is fed
     end: int | torch.Tensor  # the next position, an int or (B, 1)
     pause: torch.Tensor | None = None  # (C,) what every thought is fed instead
@@ -736,20 +736,20 @@ class Problem(NamedTuple):
         past = [thought.seen for thought in thoughts]
         return past if self.bottleneck else self.past + past, self.end + len(thoughts)
 
-def think(model, problem, count, given={}):
+def think(model, prompt, count, given={}):
     """Think `count` thoughts (Coconut, section 3) -> a list of Thoughts. Gradients pass through.
 
     given {slot: Thought}: taken as it stands, whatever the problem is. Later thoughts see it and
     go on from its hidden state. That is what columns() does with a given step.
     """
-    thoughts, hidden = [], problem.hidden
+    thoughts, hidden = [], prompt.hidden
     for slot in range(count):
         if slot in given:
             thoughts.append(given[slot])
         else:
-            x = hidden if problem.pause is None else problem.pause.expand_as(hidden)
-            past = [*problem.past, *(earlier.seen for earlier in thoughts)]
-            hidden, seen, stream = model(x, past, problem.end + slot)
+            x = hidden if prompt.pause is None else prompt.pause.expand_as(hidden)
+            past = [*prompt.past, *(earlier.seen for earlier in thoughts)]
+            hidden, seen, stream = model(x, past, prompt.end + slot)
             thoughts.append(Thought(seen, hidden, stream[:, 0]))
         hidden = thoughts[-1].hidden
     return thoughts
@@ -764,19 +764,19 @@ def plan(run, slots, stage):
     return slots - latent, latent if run.cfg.kind.thoughts else 0
 
 def encode(run, model, batch, stage="all", last=1):
-    """Read a batch -> Problem, and the last hidden states (B, last, C)."""
+    """Read a batch -> Prompt, and the last hidden states (B, last, C)."""
     hidden, segment, _ = model(model.wte(batch.prefix), valid=batch.valid, last=last)
     end = batch.prefix.shape[1] if batch.valid is None else batch.valid.sum(1, keepdim=True)
     pause = model.wte.weight[run.text.bot] if run.cfg.kind.pause else None
     bottleneck = run.cfg.kind.bottleneck and stage == "all"
-    return Problem([segment], hidden[:, -1:], end, pause, bottleneck), hidden
+    return Prompt([segment], hidden[:, -1:], end, pause, bottleneck), hidden
 
-def write(model, problem, stop, limit, times=1):
+def write(model, prompt, stop, limit, times=1):
     """Greedy text, until each row has written `stop` so many times, or `limit` tokens.
 
-    -> ids (B, <= limit), -1 after a row's end, and the Problem after them.
+    -> ids (B, <= limit), -1 after a row's end, and the Prompt after them.
     """
-    hidden, end, past = problem.hidden, problem.end, list(problem.past)
+    hidden, end, past = prompt.hidden, prompt.end, list(prompt.past)
     left = torch.full((len(hidden),), times, device=hidden.device)
     written = []
     for _ in range(limit):
@@ -791,27 +791,27 @@ def write(model, problem, stop, limit, times=1):
         end = end + alive[:, None].long()
         past.append(segment)
     ids = torch.stack(written, dim=1) if written else left.new_zeros(len(left), 0)
-    return ids, problem._replace(past=past, hidden=hidden, end=end)
+    return ids, prompt._replace(past=past, hidden=hidden, end=end)
 
 def think_through(run, model, problems, given={}, stage="all"):
     """Problems of one size, read and thought as at a stage, whose text steps the model writes
-    itself -> Problem, list of Thoughts."""
+    itself -> Prompt, list of Thoughts."""
     works = [run.task.work(problem) for problem in problems]
     n_text, count = plan(run, len(works[0]), stage)
     with evaluating(run, model):
-        problem, _ = encode(run, model, make_batch(run, problems, works, 0), stage)
+        prompt, _ = encode(run, model, make_batch(run, problems, works, 0), stage)
         limit = n_text * (run.text.longest + 1)
-        _, problem = write(model, problem, run.text.sep, limit, times=n_text)
-        return problem, think(model, problem, count, given)
+        _, prompt = write(model, prompt, run.text.sep, limit, times=n_text)
+        return prompt, think(model, prompt, count, given)
 
-def answer(run, model, problem, thoughts):
+def answer(run, model, prompt, thoughts):
     """Greedy answers after these thoughts, a list of text. "..." stands for a missing end."""
     text = run.text
     with evaluating(run, model):
-        past, end = problem.for_answer(thoughts)
-        eot = torch.full((len(problem.hidden), 1), text.eot, device=problem.hidden.device)
+        past, end = prompt.for_answer(thoughts)
+        eot = torch.full((len(prompt.hidden), 1), text.eot, device=prompt.hidden.device)
         hidden, segment, _ = model(model.wte(eot), past, end)
-        begun = Problem([*past, segment], hidden, end + 1)
+        begun = Prompt([*past, segment], hidden, end + 1)
         ids, _ = write(model, begun, text.eos, text.longest + 2)
     return [text.show(row) + "..." * (text.eos not in row) for row in ids.tolist()]
 
@@ -906,7 +906,7 @@ def ask(run, oracle, readings, question=None):
         with evaluating(run, oracle.model):
             asked = [question] * len(chunk)
             hidden, past, end = consult(run, oracle.model, asked, vectors, nothing, last=1)
-            begun = Problem(past, hidden, end)
+            begun = Prompt(past, hidden, end)
             ids, _ = write(oracle.model, begun, eos, run.text.longest + 2)
         answers += [run.text.show(row) for row in ids.tolist()]
     return answers[:n]
@@ -1280,13 +1280,13 @@ def coconut_loss(run, model, stage, rng, n=None):
         works = work_all(task, problems, {slot: rows_before(problems)})
     batch = make_batch(run, problems, works, n_text)
     T = batch.text_target.shape[1]
-    problem, hidden = encode(run, model, batch, stage, last=max(T, 1))
+    prompt, hidden = encode(run, model, batch, stage, last=max(T, 1))
     if slot is None:
-        thoughts = think(model, problem, count)
+        thoughts = think(model, prompt, count)
     else:
-        own = dict(enumerate(think(model, problem, slot + 1)))
-        thoughts = think(model, problem, count, {**own, slot: own[slot].roll()})
-    answered, _, _ = model(model.wte(batch.answer), *problem.for_answer(thoughts))
+        own = dict(enumerate(think(model, prompt, slot + 1)))
+        thoughts = think(model, prompt, count, {**own, slot: own[slot].roll()})
+    answered, _, _ = model(model.wte(batch.answer), *prompt.for_answer(thoughts))
     # logits only where they are used
     logits = model.logits(torch.cat([hidden[:, hidden.shape[1] - T:], answered], dim=1))
     total = loss = token_loss(logits, torch.cat([batch.text_target, batch.answer_target], dim=1))
@@ -1316,9 +1316,9 @@ def stage_scores(run, model, stage="all", few=False):
     with "by_digits", and a problem's tokens (or thoughts) before the answer and seconds."""
     hits, tokens, begin = defaultdict(list), 0, time.time()
     for problems in held_out(run, 250, few):
-        problem, thoughts = think_through(run, model, problems, stage=stage)
-        answers = answer(run, model, problem, thoughts)
-        tokens += sum(int(token.valid.sum()) for token in problem.past[1:])
+        prompt, thoughts = think_through(run, model, problems, stage=stage)
+        answers = answer(run, model, prompt, thoughts)
+        tokens += sum(int(token.valid.sum()) for token in prompt.past[1:])
         tokens += len(thoughts) * len(problems)
         for own, said in zip(problems, answers):
             hits[run.task.size(own)].append(said == run.task.spell(run.task.work(own)))
@@ -1482,7 +1482,7 @@ class Solved(NamedTuple):
     """Problems of one size, thought by the model and worked by hand, perhaps with steps given."""
     problems: list
     works: list  # their steps, by hand
-    problem: Problem
+    prompt: Prompt
     thoughts: list
     answers: list  # the model's
 
@@ -1492,8 +1492,8 @@ def solve(run, model, problems, donors={}):
     this experiment."""
     given = {slot: think_through(run, model, others)[1][slot] for slot, others in donors.items()}
     works = work_all(run.task, problems, donors)
-    problem, thoughts = think_through(run, model, problems, given)
-    return Solved(problems, works, problem, thoughts, answer(run, model, problem, thoughts))
+    prompt, thoughts = think_through(run, model, problems, given)
+    return Solved(problems, works, prompt, thoughts, answer(run, model, prompt, thoughts))
 
 class Case(NamedTuple):
     """A held-out thought: its reading (C,), that of the problem before in the same slot, and what
@@ -1658,7 +1658,7 @@ def causal_scores(run, model, oracle, tests):
         mean = [thought.map(lambda x: x.mean(0, keepdim=True).expand_as(x))
                 for thought in test.thoughts]
         for name, thoughts in (("mean", mean), ("swap", [t.roll() for t in test.thoughts])):
-            answers = answer(run, model, test.problem, thoughts)
+            answers = answer(run, model, test.prompt, thoughts)
             keep[name] += [now == own for now, own in zip(answers, test.answers)]
         for slot in range(len(test.thoughts) if run.exchanges else 0):
             for name, donors in donations(run, tests, test, slot, rng):
@@ -1704,7 +1704,7 @@ def forced(run, model, tests):
     for test in tests:
         batch = make_batch(run, test.problems, test.works, 0)
         with evaluating(run, model):
-            hidden, _, _ = model(model.wte(batch.answer), *test.problem.for_answer(test.thoughts))
+            hidden, _, _ = model(model.wte(batch.answer), *test.prompt.for_answer(test.thoughts))
             right += all_right(model.logits(hidden), batch.answer_target).bool().tolist()
     return right
 

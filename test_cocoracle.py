@@ -160,8 +160,8 @@ def test_thoughts_given_are_taken_as_they_stand():
     run = run_of()
     model = rough(run)
     with torch.no_grad():
-        problem, own = co.think_through(run, model, PROBLEMS)
-        again = co.think(model, problem, 4, dict(enumerate(own[:-1])))
+        prompt, own = co.think_through(run, model, PROBLEMS)
+        again = co.think(model, prompt, 4, dict(enumerate(own[:-1])))
     assert all(x is y for x, y in zip(own[:-1], again[:-1]))
     assert torch.equal(own[-1].hidden, again[-1].hidden) and torch.equal(own[-1].reading, again[-1].reading)
     for (k, v), (k2, v2) in zip(own[-1].seen.kv, again[-1].seen.kv):
@@ -173,11 +173,11 @@ def test_a_given_thought_changes_what_follows_alone():
     run = run_of("--thoughts", "plain")
     model = rough(run)
     with torch.no_grad():
-        problem, own = co.think_through(run, model, PROBLEMS)
-        mixed = co.think(model, problem, len(own), {1: own[1].roll()})
+        prompt, own = co.think_through(run, model, PROBLEMS)
+        mixed = co.think(model, prompt, len(own), {1: own[1].roll()})
         # by hand: slot 2 is fed the donor's state, and sees the donor's keys and values in slot 1
-        past = [*problem.past, own[0].seen, own[1].seen.map(lambda x: x.roll(1, 0))]
-        hidden, seen, _ = model(own[1].hidden.roll(1, 0), past, problem.end + 2)
+        past = [*prompt.past, own[0].seen, own[1].seen.map(lambda x: x.roll(1, 0))]
+        hidden, seen, _ = model(own[1].hidden.roll(1, 0), past, prompt.end + 2)
     assert torch.equal(mixed[0].hidden, own[0].hidden) and torch.equal(mixed[1].hidden[1], own[1].hidden[0])
     assert torch.equal(mixed[2].hidden, hidden) and torch.equal(mixed[2].seen.kv[1][0], seen.kv[1][0])
     assert not near(mixed[2].hidden, own[2].hidden, 1e-3) and not near(mixed[3].hidden, own[3].hidden, 1e-3)
@@ -190,10 +190,10 @@ def test_behind_the_bottleneck_the_answer_sees_thoughts_alone():
         run = run_of("--thoughts", kind)
         model = rough(run)
         with torch.no_grad():
-            problem, thoughts = co.think_through(run, model, PROBLEMS, stage=stage)
+            prompt, thoughts = co.think_through(run, model, PROBLEMS, stage=stage)
             one = [t.map(lambda x: x[:1].expand_as(x)) for t in thoughts]
             eot = model.wte(torch.full((3, 1), run.text.eot))
-            hidden, _, _ = model(eot, *problem.for_answer(one))
+            hidden, _, _ = model(eot, *prompt.for_answer(one))
         assert near(hidden[0], hidden[1], 1e-5) == same
 
 def test_injection_formula():
@@ -260,14 +260,14 @@ class ByHand:
         monkeypatch.setattr(co, "ask", say or self.ask)
 
     def think_through(self, run, model, problems, given={}, stage="all"):
-        problem = co.Problem([], torch.zeros(len(problems), 1, 1), 0, pause=problems)
-        return problem, self.think(model, problem, len(run.task.work(problems[0])), given)
+        prompt = co.Prompt([], torch.zeros(len(problems), 1, 1), 0, pause=problems)
+        return prompt, self.think(model, prompt, len(run.task.work(problems[0])), given)
 
-    def think(self, model, problem, count, given={}):
+    def think(self, model, prompt, count, given={}):
         thoughts = []
         for slot in range(count):
             rows = []
-            for row, own in enumerate(problem.pause):
+            for row, own in enumerate(prompt.pause):
                 step = self.task.work(own)[slot]
                 if slot and self.chain:
                     carry = int(thoughts[-1].reading[row, 4])
@@ -282,10 +282,10 @@ class ByHand:
         steps = [co.Step(*[None if x < 0 else int(x) for x in thought.reading[row].tolist()]) for thought in thoughts]
         return steps
 
-    def answer(self, run, model, problem, thoughts):
+    def answer(self, run, model, prompt, thoughts):
         if self.answer_from == "problem":
-            return [self.task.spell(self.task.work(own)) for own in problem.pause]
-        return [self.task.spell(self.steps(thoughts, row)) for row in range(len(problem.pause))]
+            return [self.task.spell(self.task.work(own)) for own in prompt.pause]
+        return [self.task.spell(self.steps(thoughts, row)) for row in range(len(prompt.pause))]
 
     def ask(self, run, oracle, readings, question=None):
         thoughts = [co.Thought(None, None, readings)]
@@ -370,8 +370,8 @@ def test_exchange_trains_the_sum_worked_with_the_given_column(monkeypatch):
         donors = [own[row - 1][slot] for row in range(6)]
         assert works == [co.columns(*p, {slot: donor}) for p, donor in zip(problems, donors)]
         calls.clear()
-        problem, _ = co.encode(run, model, make_batch(run, problems, own, 0))
-        want = think(model, problem, n)[slot]
+        prompt, _ = co.encode(run, model, make_batch(run, problems, own, 0))
+        want = think(model, prompt, n)[slot]
         assert torch.equal(given[slot].hidden, want.hidden.roll(1, 0))
         assert torch.equal(given[slot].seen.kv[0][0], want.seen.kv[0][0].roll(1, 0))
     assert exchanged == {0, 1, 2, 3}
@@ -914,12 +914,12 @@ def test_load_for_notebooks(mini):
     """load() gives a run, its model and its reader: think, answer and ask as the README shows."""
     out, _, _ = mini
     run, model, oracle = co.load(out, device="cpu")
-    problem, own = co.think_through(run, model, [(47, 85), (31, 22)])
-    assert co.answer(run, model, problem, own) == ["132", "53"]
+    prompt, own = co.think_through(run, model, [(47, 85), (31, 22)])
+    assert co.answer(run, model, prompt, own) == ["132", "53"]
     said = co.ask(run, oracle, own[0].reading)
     assert [run.task.looser(s)["result"] for s in said] == ["2 carry 1", "3"]
-    given = co.think(model, problem, len(own), {0: own[0].roll()})
-    assert co.answer(run, model, problem, given)[0] == "123"
+    given = co.think(model, prompt, len(own), {0: own[0].roll()})
+    assert co.answer(run, model, prompt, given)[0] == "123"
 
 def test_from_pretrained_loads_what_is_saved(mini):
     """transformers and PEFT load the folders as they are, to our logits; the tokenizer gives our ids."""
@@ -1101,7 +1101,7 @@ def test_released_weights_equal_transformers(tmp_path, model):
             low = ours.logits(ours(ours.wte(ids[:, :5]))[0])[..., :50257].float()  # few: CPUs emulate it
         assert (low - logits[:, :5]).pow(2).mean().sqrt() < 0.05 * logits.std()
         ours.wte.weight[50257:] = 0  # as in a model without these tokens: their logits are 0, never the highest
-        written, _ = co.write(ours, co.Problem([segment], hidden[:, -1:], 20), stop=-1, limit=24)
+        written, _ = co.write(ours, co.Prompt([segment], hidden[:, -1:], 20), stop=-1, limit=24)
         greedy = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
                                  eos_token_id=-1, pad_token_id=0)
     assert written.tolist() == greedy[:, 20:].tolist()

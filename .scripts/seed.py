@@ -68,7 +68,7 @@ def write(run, model, begun, limit, hold=0):
         logits[:, run.text.eos:] = -torch.inf  # <|endoftext|> and those that were added
         token = logits.argmax(-1, keepdim=True)  # (B, 1)
         hidden, segment, _ = model(model.wte(token), begun.past, begun.end)
-        begun = co.Problem([*begun.past, segment], hidden, begun.end + 1)
+        begun = co.Prompt([*begun.past, segment], hidden, begun.end + 1)
         held.append(token)
     ids, _ = co.write(model, begun, run.text.eos, limit - hold)
     return [run.text.show(row) for row in torch.cat([*held, ids], dim=1).tolist()]
@@ -78,12 +78,12 @@ def think(run, model, problems):
     """Problems with one number of digits and of steps -> Thoughts."""
     works = [run.task.work(problem) for problem in problems]
     batch = co.make_batch(run, problems, works, 0)
-    problem, _ = co.encode(run, model, batch)
-    thoughts = co.think(model, problem, len(works[0]))
+    prompt, _ = co.encode(run, model, batch)
+    thoughts = co.think(model, prompt, len(works[0]))
     readings = co.readings_of(thoughts)
-    past, end = problem.for_answer(thoughts)
+    past, end = prompt.for_answer(thoughts)
     hidden, segment, _ = model(model.wte(batch.answer[:, :1]), past, end)  # <eot>
-    written = write(run, model, co.Problem([*past, segment], hidden, end + 1), limit=15)
+    written = write(run, model, co.Prompt([*past, segment], hidden, end + 1), limit=15)
     written = [re.match(r"\s*(\d*)", words)[1] for words in written]  # its answers never end
     hidden, _, _ = model(model.wte(batch.answer), past, end)
     likely, forced = model.logits(hidden).argmax(-1), []  # (B, T)
@@ -100,7 +100,7 @@ def ask(run, oracle, readings, question):
         x = oracle.wte(co.put([ids], device)).expand(len(vectors), -1, -1)
         inject = co.Injection(vectors, ids.index(run.text.act), READ - 1, scale=2.0)
         hidden, segment, _ = oracle(x, inject=inject, last=1)
-        said += write(run, oracle, co.Problem([segment], hidden, len(ids)), limit, hold)
+        said += write(run, oracle, co.Prompt([segment], hidden, len(ids)), limit, hold)
     return [answer.strip() for answer in said]
 
 def answer_scores(tests):

@@ -31,25 +31,25 @@ def test_greedy_text_ends_row_by_row():
     """A row ends with its stop token, and is -1 from then on. When all have ended, nothing more is written."""
     run = run_of("--digits", 3, "--thoughts", "plain")
     model = wordy(run)
-    problem, _ = co.think_through(run, model, PROBLEMS)
+    prompt, _ = co.think_through(run, model, PROBLEMS)
     with torch.no_grad():
-        free = co.write(model, problem, -5, 12)[0].tolist()
+        free = co.write(model, prompt, -5, 12)[0].tolist()
         stop = max(set.intersection(*map(set, free)), key=lambda token: len({row.index(token) for row in free}))
         want = [row[:row.index(stop) + 1] for row in free]
         longest = max(map(len, want))
-        ids, _ = co.write(model, problem, stop, 20)
+        ids, _ = co.write(model, prompt, stop, 20)
     assert ids.tolist() == [row + [-1] * (longest - len(row)) for row in want] and (ids == -1).any()
 
 def test_answers_are_greedy_text_after_the_thoughts():
     """An answer is the likeliest text of one long row: the problem, its thoughts, <eot>, and what was written."""
     run = run_of("--digits", 3, "--thoughts", "plain")
     model, text = wordy(run), run.text
-    problem, thoughts = co.think_through(run, model, PROBLEMS)
-    said = co.answer(run, model, problem, thoughts)
+    prompt, thoughts = co.think_through(run, model, PROBLEMS)
+    said = co.answer(run, model, prompt, thoughts)
     with torch.no_grad():
         for row, own in enumerate(PROBLEMS):
             prefix, written = model.wte(torch.tensor([text.ids(run.task.text(own) + "<bot>")])), []
-            fed = [problem.hidden, *(thought.hidden for thought in thoughts[:-1])]
+            fed = [prompt.hidden, *(thought.hidden for thought in thoughts[:-1])]
             x = torch.cat([prefix, *(hidden[row:row + 1] for hidden in fed)], dim=1)
             while text.eos not in written and len(written) < text.longest + 2:
                 x = torch.cat([x, model.wte(torch.tensor([[(text.eot, *written)[-1]]]))], dim=1)
