@@ -724,7 +724,7 @@ class Thought(NamedTuple):
         return self.map(lambda x: x.roll(1, 0))
 
 class Prompt(NamedTuple):
-    """A batch of problems as the model has read them, up to the first thought; or any text so far."""
+    """Problems as the model has read them, up to the first thought; or any text so far."""
     past: list  # segments: the problem, and the text steps that the model wrote, a token each
     hidden: torch.Tensor  # (B, 1, C) the last hidden state: what the first thought is fed
     end: int | torch.Tensor  # the next position, an int or (B, 1)
@@ -1200,7 +1200,7 @@ def record(run, **sections):
     return results
 
 def record_stage(run, stage, scores, **others):
-    """Put what is measured of a stage of the coconut, and others of its figures, into its section."""
+    """Put what is measured of a stage of the coconut, and others of its figures, into its part."""
     coconut = load_json(run.out / "results.json").get("coconut", {"stages": {}})
     before = coconut["stages"].get(stage, {})
     stages = {**coconut["stages"], stage: {**before, **scores}}
