@@ -92,6 +92,11 @@ def test_the_longest_problem_is_counted_in_positions():
     positions = batch.valid.sum(1) + (batch.answer_target != co.IGNORE).sum(1)
     assert co.try_out(run.task, run.text, run.cfg, True)[::2] == [4, positions.max()]
 
+def test_stages():
+    """The last 1, 2, 3, 5, 7, ... slots are thoughts, at last all, and then all once more."""
+    assert co.stages_of(run_of("--digits", "2-8")) == ["0", "1", "2", "3", "5", "7", "9", "all"]
+    assert co.stages_of(run_of("--digits", 2)) == ["0", "1", "2", "3", "all"]
+
 def test_tokens_before_the_answer(monkeypatch):
     """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""
     run, _ = by_hand(monkeypatch, "--digits", 2, "--eval-problems", 8)
