@@ -375,7 +375,7 @@ def test_a_task_of_ones_own(tmp_path):
     ("given.get(slot, max(left, 0))", "max(left, 0)", "work: a given step .*problem 9"),
     ("f\"left", "f\"<sep>left", "say .* special tokens: problem 8"), ("str(steps[-1])", "steps[-1]", "TypeError"),
     ("str(steps[-1])", "\"\\ud800\"", "spell: plain text"), ("{\"left\": step}", "{}", "fields: .*problem 8"),
-    ("return [int(x)", "return 1 / 0, [int(x)", "draw: ZeroDivisionError.* of size 3"),
+    ("return [int(x)", "return 1 / 0, [int(x)", "draw: ZeroDivisionError.*of size 3"),
     ("{\"left\": 10}", "{\"left\": 8}", "fields: .*problem 9"),
     ("return False", "return True", "never_read: .*size 3"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
     ("n)]", "n if split != 'test' else 3)]", "draw: of size 3, .* 3 of 4 for test"),
