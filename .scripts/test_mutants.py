@@ -168,7 +168,7 @@ def test_what_an_oracle_s_step_trains(monkeypatch):
 
 def test_what_a_log_line_says(tmp_path, monkeypatch):
     """Every 100 steps and after the last one: means of the steps since the last line, their speed, the time left."""
-    run, seconds, lines = run_of("--accumulate", 2, out=tmp_path / "run"), [0.0], []
+    run, seconds, lines = run_of("--accumulate", 2, out=tmp_path / "run"), [7.0], []
 
     def step(*args):
         seconds[0] += 2.0  # a step takes so long
