@@ -1200,11 +1200,10 @@ def record(run, **sections):
     return results
 
 def record_stage(run, stage, scores, **others):
-    """Put what is measured of a stage of the coconut, and others of its figures, into its part."""
-    coconut = load_json(run.out / "results.json").get("coconut", {"stages": {}})
-    before = coconut["stages"].get(stage, {})
-    stages = {**coconut["stages"], stage: {**before, **scores}}
-    return record(run, coconut={**coconut, "stages": stages, **others})
+    """Put what is measured of a stage of the coconut into its section, beside the other stages'."""
+    stages = load_json(run.out / "results.json").get("coconut", {}).get("stages", {})
+    stages[stage] = stages.get(stage, {}) | scores
+    return record(run, coconut={"stages": stages, **others})
 
 def wilson(p, n):
     """A share p of n -> a rate, with its Wilson 95% interval (1927)."""
