@@ -412,7 +412,7 @@ class Text:
 def fit_classes(fields, classes):
     """Whether the fields of a step are None, or one of the classes of each of FIELDS."""
     return fields is None or [*fields] == [*classes] and all(
-        0 <= fields[name] < classes[name] for name in classes)
+        fields[name] in range(classes[name]) for name in classes)
 
 def try_out(task, text, cfg, exchanges):
     """Work some problems of each size, so that a mistake in a task of your own costs one line, and
@@ -1614,8 +1614,8 @@ def donations(run, tests, test, slot, rng):
     """
     task, problems, donors, found = run.task, test.problems, {}, []
     others = [other for other in rng.permutation(len(test.thoughts)).tolist() if other != slot]
-    for name, given in zip(("iia", "iia_two", "iia_three"), (slot, *others)):
-        donors = {**donors, given: rows_before(problems, len(donors) + 1)}
+    for name, added in zip(("iia", "iia_two", "iia_three"), (slot, *others)):
+        donors = {**donors, added: rows_before(problems, len(donors) + 1)}
         found.append((name, donors))
     size, final = task.size(problems[0]), task.fields(test.works[0][slot]) is None
     for other in tests:

@@ -799,7 +799,7 @@ def miniature(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def mini(miniature):
-    """-> folder of a finished run of faithful thoughts, trained for a minute; its results; what it printed."""
+    """-> folder of a finished run of faithful thoughts, trained for minutes; its results; what it printed."""
     train_mini(miniature)
     for _ in range(1800):
         if not (miniature / "ended").exists():

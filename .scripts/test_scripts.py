@@ -377,6 +377,7 @@ def test_a_task_of_ones_own(tmp_path):
     ("str(steps[-1])", "\"\\ud800\"", "spell: plain text"), ("{\"left\": step}", "{}", "fields: .*problem 8"),
     ("return [int(x)", "return 1 / 0, [int(x)", "draw: ZeroDivisionError.*of size 3"),
     ("{\"left\": 10}", "{\"left\": 8}", "fields: .*problem 9"),
+    ("left\": step", "left\": \"x\"", "fields: .*problem 8"),
     ("return False", "return True", "never_read: .*size 3"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
     ("n)]", "n if split != 'test' else 3)]", "draw: of size 3, .* 3 of 4 for test"),
     ("n)]", "n if split != 'train' else 0)]", "draw: .*size 3"),
