@@ -8,7 +8,6 @@ import http.client
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import time
@@ -29,14 +28,13 @@ class WeightsError(Exception):
     """A weights or tokenizer file cannot be had, read or written: one line says what is wrong and what to do."""
 
 @contextlib.contextmanager
-def _one_line(subject, advice: str):
+def one_line(subject, advice: str):
     """Turns what goes wrong with `subject` inside the block into a WeightsError that ends in `advice`."""
     try:
         yield
     except Exception as error:  # bad files raise nearly anything in json and tiktoken: RecursionError, KeyError, ...
-        # torch.load's refusal of code is long, and tells how to run the code after all.
-        reason = "more than tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())
-        raise WeightsError(f"{subject}: {reason or 'the contents do not fit together'}: {advice}") from error
+        reason = " ".join(str(error).split()) or "the contents do not fit together"
+        raise WeightsError(f"{subject}: {reason}: {advice}") from error
 
 def gpt2_shapes(n_layer: int, C: int, n_vocab: int = 50257, n_ctx: int = 1024) -> dict[str, tuple]:
     """State-dict name -> shape of GPT-2 at width C. Matrices are stored (in, out), as Conv1D's; lm_head is wte."""
@@ -51,7 +49,7 @@ def gpt2_shapes(n_layer: int, C: int, n_vocab: int = 50257, n_ctx: int = 1024) -
 @functools.cache
 def read_size(directory) -> tuple[int, int, int, int]:
     """n_layer, n_head, n_embd and n_positions of a directory's config.json. Raises WeightsError."""
-    with _one_line(path := Path(directory, "config.json"), CHOOSE):
+    with one_line(path := Path(directory, "config.json"), CHOOSE):
         config = json.loads(path.read_bytes())
         size = tuple(config[name] for name in ("n_layer", "n_head", "n_embd", "n_positions"))
         if any(type(n) is not int or n < 1 for n in size) or size[2] % size[1]:
@@ -144,17 +142,11 @@ def read_safetensors(path, expected: dict[str, tuple] | None = None) -> dict[str
     """Tensors of a file as views of its private memory map: no copy, and writing to them leaves the file alone.
     With `expected` (name -> shape), names lose a `transformer.` in front, the mask buffers of old files and an lm_head
     equal to wte are dropped, and the rest must be just those names in those shapes, of floats; or WeightsError."""
-    with _one_line(path, CHOOSE):
-        tensors = _read(path)
-        return tensors if expected is None else _match(tensors, expected)
+    with one_line(path, CHOOSE):
+        return _read(path) if expected is None else match(_read(path), expected)
 
-def read_pickle(path, expected: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    """A state dict saved by torch.save, as read_safetensors with `expected` reads it; no code in the file is run."""
-    with _one_line(path, CHOOSE):
-        return _match(torch.load(path, map_location="cpu", weights_only=True, mmap=True), expected)
-
-def _match(tensors: dict, expected: dict) -> dict[str, torch.Tensor]:
-    """`tensors` under exactly the names of `expected`; raises ValueError."""
+def match(tensors: dict, expected: dict) -> dict[str, torch.Tensor]:
+    """`tensors` under exactly the names of `expected` (see read_safetensors); raises ValueError."""
     found = _unique([(name.removeprefix("transformer."), tensor) for name, tensor in tensors.items()])
     head, wte = found.get("lm_head.weight"), found.get("wte.weight")
     tied = head is not None and wte is not None and torch.equal(head, wte)
@@ -217,10 +209,7 @@ def _unique(pairs: list) -> dict:
 def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes what the safetensors package does, byte for byte; or WeightsError, and an earlier file is left alone."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    with _one_line(path, FREE):
-        for name, tensor in tensors.items():
-            if tensor.dtype not in codes:
-                raise ValueError(f"tensor {name!r} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
+    with one_line(path, FREE):
         names = sorted(tensors, key=lambda name: (list(codes).index(tensors[name].dtype), name))
         header, end = {} if metadata is None else {"__metadata__": metadata}, 0
         for name in names:
@@ -261,7 +250,7 @@ def read_bpe(directory) -> dict[bytes, int]:
     """GPT-2's 50,256 byte strings -> ranks, from a directory's merges.txt and vocab.json. Raises WeightsError."""
     # Without the variable tiktoken copies the files to a temporary directory, and reads them there ever after.
     files = [os.path.join(directory, name) for name in BPE_FILES]
-    with _one_line(" and ".join(files), "use GPT-2's own"), mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
+    with one_line(" and ".join(files), "use GPT-2's own"), mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*files)
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
         if hashlib.sha256(b"".join(lines)).hexdigest() != RANKS_SHA256:
@@ -283,7 +272,7 @@ def save_model(directory, weights: dict, heads: int, ranks: dict[bytes, int], pa
 
 def _write_folder(directory, files: dict[str, dict], last: str, tensors: dict) -> None:
     """Writes `files` (name -> content), then `tensors` as `last`, whose presence says that the folder is whole."""
-    with _one_line(directory, FREE):
+    with one_line(directory, FREE):
         os.makedirs(directory, exist_ok=True)
         Path(directory, last).unlink(missing_ok=True)  # the new files would not fit an earlier one
         for name, content in files.items():
@@ -329,7 +318,7 @@ def read_adapter(directory, expected: dict[str, tuple], alpha: float | None = No
     """The tensors of save_adapter or PEFT under our names; they must be just `expected`, name -> shape. WeightsError.
     An adapter that is no plain LoRA, or has another lora_alpha than `alpha`, would mean something else: refused."""
     ours = {_peft_name(name): name for name in expected}
-    with _one_line(directory, CHOOSE):
+    with one_line(directory, CHOOSE):
         config = json.loads(Path(directory, "adapter_config.json").read_text(encoding="utf-8"))
         wanted = {"peft_type": "LORA", "use_rslora": False, "use_dora": False, "lora_alpha": alpha}
         for name, value in wanted.items():
@@ -338,4 +327,4 @@ def read_adapter(directory, expected: dict[str, tuple], alpha: float | None = No
         turned = []
         for name, tensor in _read(Path(directory, "adapter_model.safetensors")).items():
             turned.append((ours.get(name, name), tensor.t() if tensor.dim() == 2 else tensor))
-        return _match(_unique(turned), expected)
+        return match(_unique(turned), expected)

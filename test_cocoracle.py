@@ -1352,10 +1352,8 @@ def test_files_of_transformers_and_old_ones(tmp_path, dtype):
     masks = {"h.0.attn.bias": torch.ones(1, 1, 7, 7).byte(), "h.1.attn.masked_bias": torch.tensor(-1e4)}
     old = plain | masks | {"lm_head.weight": plain["wte.weight"].clone()}
     gw.write_safetensors(tmp_path / "old", {f"transformer.{name}": tensor for name, tensor in old.items()})
-    torch.save(old, tmp_path / "pickle")
     assert saved(gw.read_safetensors(tmp_path / "model.safetensors", shapes)) == saved(plain)
     assert saved(gw.read_safetensors(tmp_path / "old", shapes)) == saved(plain)
-    assert saved(gw.read_pickle(tmp_path / "pickle", shapes)) == saved(plain)
     counts = [sum(map(math.prod, gw.gpt2_shapes(layers, width).values())) for layers, _, width in gw.SIZES.values()]
     assert counts == [124439808, 354823168, 774030080, 1557611200]  # as published
 
@@ -1365,17 +1363,14 @@ def test_files_of_transformers_and_old_ones(tmp_path, dtype):
     ({"wte.weight": torch.ones(2, 3)}, "(2, 3), expected (2, 2)"), ({"wte.weight": torch.ones(4)}, "(4,), expected (2"),
     ({"wte.weight": torch.ones(2, 2).int()}, "not of floats, expected (2, 2)"),
     ({"transformer.wte.weight": torch.ones(2, 2)}, "'wte.weight' occurs twice"),
-    ({"lm_head.weight": torch.zeros(2, 2)}, "(2, 2), expected no"), ({"wte.weight": os.getcwd}, "more than tensors"),
-    ({"lm_head.weight": torch.ones(1, 2)}, "(1, 2), expected no"), ({"wte.weight": "text"}, "no attribute")])
+    ({"lm_head.weight": torch.zeros(2, 2)}, "(2, 2), expected no"),
+    ({"lm_head.weight": torch.ones(1, 2)}, "(1, 2), expected no")])
 def test_unexpected_tensors_are_refused(tmp_path, change, words):
-    """Missing, extra, misshapen and integer tensors, an lm_head of its own and code are refused."""
+    """Missing, extra, misshapen and integer tensors, and an lm_head of its own are refused."""
     path, expected = tmp_path / "file", {name: tensor.shape for name, tensor in ONES.items()}
     tensors = {name: tensor for name, tensor in (ONES | change).items() if tensor is not None}
-    torch.save(tensors, path)
-    refused(words, gw.read_pickle, path, expected)
-    if not callable(tensors.get("wte.weight")) and words != "no attribute":
-        gw.write_safetensors(path, tensors)
-        refused(words, gw.read_safetensors, path, expected)
+    gw.write_safetensors(path, tensors)
+    refused(words, gw.read_safetensors, path, expected)
 
 @pytest.mark.parametrize("error, write, written", [
     (gw.WeightsError, lambda path: gw.write_safetensors(path, {"a": torch.ones(9**5)}), saved({"a": torch.ones(9**5)})),
@@ -1389,7 +1384,7 @@ def test_failed_writes_leave_the_earlier_file(tmp_path, error, write, written):
             refused("", write, tmp_path / "file", error=(error, stop))
     for place in (tmp_path, tmp_path / "none/file", tmp_path / "file/file"):
         refused(str(place), write, place, error=error)
-    refused("'z' is torch.complex64", gw.write_safetensors, tmp_path / "file", {"z": torch.ones(2) * 1j})
+    refused("torch.complex64", gw.write_safetensors, tmp_path / "file", {"z": torch.ones(2) * 1j})
     assert contents(tmp_path) == {"file": b"earlier"} and len(list(tmp_path.parent.glob(f"{tmp_path.name}*"))) == 1
     write(tmp_path / "file")
     assert contents(tmp_path) == {"file": written}

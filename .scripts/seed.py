@@ -10,6 +10,7 @@ write 1` makes 16.6% and 63%: so figures have controls beside them, and one with
 """
 
 import argparse
+import pickle
 import random
 import re
 import sys
@@ -21,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cocoracle as co  # noqa: E402
+import gpt2_weights  # noqa: E402
 
 READ = 19  # its "Layer 18" is hidden_states[19]; added a layer before, after block index 17
 # questions: words, tokens at most, and in how many of the first tokens special ones are suppressed
@@ -159,16 +161,26 @@ def parse(argv):
         raise co.UserError(f"{args.out} has a run already: choose another --out")
     return args
 
+def read_pickle(path, expected):
+    """A state dict saved by torch.save, in the names and shapes expected. No code in it is run."""
+    with gpt2_weights.one_line(path, gpt2_weights.CHOOSE):
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:  # its text is long, and tells how to run the code after all
+            raise ValueError("more than tensors") from None
+        return gpt2_weights.match(tensors, expected)
+
 def main(argv=None):
     args = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = co.Config(model=args.model, device=device, dtype="float32", compile=False,
                     thoughts="plain",
                     read_layer=(READ - 0.5) / co.SIZES[args.model].layers)  # rounded up
-    task, weights = Sums(cfg.digits), co.gpt2_weights
-    ranks = weights.read_bpe(args.weights or weights.fetch(args.model, weights.BPE_FILES))
+    task = Sums(cfg.digits)
+    folder = args.weights or gpt2_weights.fetch(args.model, gpt2_weights.BPE_FILES)
+    ranks = gpt2_weights.read_bpe(folder)
     run = co.Run(cfg, task, Text(task, ranks), Path(args.out), exchanges=False, slots=0)
-    files = [weights.read_pickle(path, co.shapes_of(run)) for path in args.checkpoints]
+    files = [read_pickle(path, co.shapes_of(run)) for path in args.checkpoints]
     coconut, oracle = [co.new_model(run, weights) for weights in files]
     run.out.mkdir(parents=True, exist_ok=True)
     tests = [think(run, coconut, problems) for problems in draw(task, args.problems)]
