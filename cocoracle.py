@@ -42,13 +42,12 @@ Glossary
 import argparse
 import dataclasses
 import html
-import importlib.util
 import inspect
 import json
 import math
 import os
 import re
-import shutil
+import runpy
 import signal
 import subprocess
 import sys
@@ -59,6 +58,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gpt2_weights
-from gpt2_weights import WeightsError, read_safetensors, write_atomic, write_safetensors
+from gpt2_weights import UserError, one_line, read_safetensors, write_atomic, write_safetensors
 
 # --------------------------------------------------------------------------------------------------
 # 2. Configuration
@@ -197,9 +197,6 @@ class Config:
     def layer(self):
         """The layer read. A reading is added one layer before, as in the seed."""
         return math.ceil(self.read_layer * self.size.layers)
-
-class UserError(Exception):
-    """A user's mistake: one line that says what to do; the exit code is 2."""
 
 # --------------------------------------------------------------------------------------------------
 # 3. The problem: 347+285, its steps, its counterfactual, its tokens, the split
@@ -339,12 +336,9 @@ WHOLE = ("answer", "problem")
 
 def wordings(nouns):
     """Every way to ask for one of the nouns."""
-    questions = []
-    for noun in nouns:
-        for place in (" at this reasoning step", " at this step", " of this step", ""):
-            phrase = noun + place
-            questions += [f"What is {phrase}?", f"Which is {phrase}?", f"Write {phrase}."]
-    return questions
+    places = (" at this reasoning step", " at this step", " of this step", "")
+    forms = ("What is {}{}?", "Which is {}{}?", "Write {}{}.")
+    return [form.format(noun, place) for noun, place, form in product(nouns, places, forms)]
 
 def rng_of(seed, *where):
     """Data is a function of (seed, purpose, step): resuming replays nothing."""
@@ -353,7 +347,7 @@ def rng_of(seed, *where):
 
 def put(x, device):
     """An array or a list on the device; the host does not wait for it."""
-    return torch.from_numpy(np.asarray(x)).to(device, non_blocking=True)
+    return torch.as_tensor(x).to(device, non_blocking=True)
 
 def pad(rows, fill, left=False):
     """Sequences of ids -> (n, longest) array, filled up on one side."""
@@ -401,13 +395,9 @@ class Text:
         return tuple(self.enc.encode(string, allowed_special="all"))
 
     def show(self, ids):
-        """Ids up to the first <|endoftext|> (or the padding -1) as text."""
-        kept = []
-        for token in ids:
-            if token in (self.eos, -1):
-                break
-            kept.append(token)
-        return self.enc.decode(kept)
+        """Ids up to the first <|endoftext|> as text."""
+        ids = [*ids, self.eos]
+        return self.enc.decode(ids[:ids.index(self.eos)])
 
 def fit_classes(fields, classes):
     """Whether the fields of a step are None, or one of the classes of each of FIELDS."""
@@ -425,8 +415,7 @@ def try_out(task, text, cfg, exchanges):
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             tests = task.draw(rng_of(0, "held out"), cfg.split, size, 4)
             if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
-                raise UserError(f"the task's draw: of size {size}, {len(drawn)} problems to train "
-                                f"on and {len(tests)} of 4 for {cfg.split}")
+                raise UserError(f"draw: {len(drawn)} to train on, {len(tests)} of 4 to test on")
             like, left = task.work(drawn[0]), 0
             for problem in drawn:
                 steps = task.work(problem)
@@ -445,18 +434,16 @@ def try_out(task, text, cfg, exchanges):
                     (classed, "fields: None, or for each of FIELDS a number below its classes"),
                     (looser == looser[:1] * len(looser), "looser: the same names, of any text")):
                     if not kept:
-                        raise UserError(f"the task's {rule}: problem {problem!r:.80}")
+                        raise UserError(rule)
                 left += not all(map(task.never_read, steps))
                 lengths = [len(part) for part in ids]
                 sizes.append((len(steps), max(lengths), sum(lengths) + len(lengths)))
             if not left:
-                raise UserError(f"the task's never_read: leaves nothing to read in size {size}")
-        except UserError:
-            raise
+                raise UserError(f"never_read: leaves nothing to read in size {size}")
         except Exception as e:  # somebody's code raises anything
             method = traceback.extract_tb(e.__traceback__)[-1].name
-            raise UserError(f"the task's {method}: {type(e).__name__}: {e!s:.200}: problem "
-                            f"{problem!r:.80}") from None
+            told = e if isinstance(e, UserError) else f"{method}: {type(e).__name__}: {e!s:.200}"
+            raise UserError(f"the task's {told}: problem {problem!r:.80}") from None
     return [max(column) for column in zip(*sizes)]
 
 class Run(NamedTuple):
@@ -490,10 +477,10 @@ def make_batch(run, problems, works, n_text):
         # a thought is fed, or <eot>.
         targets.append([*written, IGNORE] if n_text else [])
         answers.append([text.eot, *text.ids(task.spell(steps)), text.eos])
-    lengths = np.array([len(prefix) for prefix in prefixes])
-    valid = np.arange(max(lengths)) >= max(lengths) - lengths[:, None]
+    prefix = pad(prefixes, text.eos, left=True)
+    valid = prefix != text.eos
     return Batch(
-        put(pad(prefixes, text.eos, left=True), device),
+        put(prefix, device),
         None if valid.all() else put(valid, device),
         put(pad(targets, IGNORE, left=True), device),
         put(pad([ids[:-1] for ids in answers], text.eos), device),
@@ -659,12 +646,9 @@ class GPT(nn.Module):
 
     def places(self, x, pos, valid):
         """Positions of x, counting real tokens only -> (B|1, T)."""
-        if valid is None:
-            places = torch.arange(x.shape[1], device=x.device)[None] + pos
-        else:
-            places = pos + valid.cumsum(1) - 1
+        counted = x.new_ones(1, x.shape[1], dtype=torch.long) if valid is None else valid
         # padding before the first token may be at -1, and text may run away: both are kept inside
-        return places.clamp(0, len(self.wpe.weight) - 1)
+        return (pos + counted.cumsum(1) - 1).clamp(0, len(self.wpe.weight) - 1)
 
     def logits(self, hidden):
         """Hidden states (..., C) -> logits (..., V); the head is tied to the token embedding."""
@@ -857,9 +841,9 @@ class Oracle(NamedTuple):
     model: GPT
     white: Whitener | None = None
 
-def consult(run, model, questions, vectors, said, last):
+def consult(run, model, questions, vectors, said):
     """Ask questions, one a row, about readings (B, C), and go on with the tokens said (B, T') after
-    them -> the last hidden states (B, last, C), segments, the next position (B, 1).
+    them -> hidden states from <act> on (B, 1 + T', C), segments, the next position (B, 1).
 
     A prompt is the question and <act>. (The seed's has the question last. First, each different one
     is computed once.) All end at the same position. Where they did not, steps were learnt anew for
@@ -867,11 +851,9 @@ def consult(run, model, questions, vectors, said, last):
     """
     number = {question: n for n, question in enumerate(dict.fromkeys(questions))}
     heads = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
-    lengths = np.array([[len(head)] for head in heads])
-    begin = np.maximum(run.cfg.size.positions // 8 - lengths, 0)
-    ids = pad(heads, run.text.eos, left=True)
-    valid = np.arange(ids.shape[1]) >= ids.shape[1] - lengths
-    ids, valid, begin, end = [put(x, said.device) for x in (ids, valid, begin, begin + lengths)]
+    ids = put(pad(heads, run.text.eos, left=True), said.device)
+    valid, end = ids != run.text.eos, run.cfg.size.positions // 8
+    begin = end - valid.sum(1, keepdim=True)
     # one row alone, as of one question with last=1, would be compiled anew
     _, segment, _ = model(model.wte(ids), (), begin, valid, last=2)
     which = put([number[question] for question in questions], said.device)
@@ -879,8 +861,9 @@ def consult(run, model, questions, vectors, said, last):
     segment = segment.map(lambda x: x.index_select(0, which))
     tail = F.pad(said, (1, 0), value=run.text.act)
     injection = Injection(vectors, place=0, layer=max(run.cfg.layer - 1, 0))
-    hidden, new, _ = model(model.wte(tail), [segment], end[which], inject=injection, last=last)
-    return hidden, [segment, new], end[which] + tail.shape[1]
+    end = torch.full_like(tail[:, :1], end)
+    hidden, new, _ = model(model.wte(tail), [segment], end, inject=injection)
+    return hidden, [segment, new], end + tail.shape[1]
 
 def oracle_loss(run, model, questions, targets, vectors, most=None):
     """Nats a token of what should be said (a list of text), at most its first `most` tokens, and
@@ -889,7 +872,7 @@ def oracle_loss(run, model, questions, targets, vectors, most=None):
     ids = pad([(*run.text.ids(target), eos) for target in targets], IGNORE)
     target = put(ids[:, :most], vectors.device)
     said = target[:, :-1].masked_fill(target[:, :-1] == IGNORE, eos)
-    hidden, _, _ = consult(run, model, questions, vectors, said, last=target.shape[1])
+    hidden, _, _ = consult(run, model, questions, vectors, said)
     logits = model.logits(hidden)
     return token_loss(logits, target), all_right(logits, target)
 
@@ -905,7 +888,7 @@ def ask(run, oracle, readings, question=None):
         nothing = torch.zeros(len(chunk), 0, dtype=torch.long, device=chunk.device)
         with evaluating(run, oracle.model):
             asked = [question] * len(chunk)
-            hidden, past, end = consult(run, oracle.model, asked, vectors, nothing, last=1)
+            hidden, past, end = consult(run, oracle.model, asked, vectors, nothing)
             begun = Prompt(past, hidden, end)
             ids, _ = write(oracle.model, begun, eos, run.text.longest + 2)
         answers += [run.text.show(row) for row in ids.tolist()]
@@ -979,7 +962,7 @@ def shapes_of(run, n_vocab=None):
     return gpt2_weights.gpt2_shapes(size.layers, size.width, n_vocab, size.positions)
 
 def released(cfg, files=gpt2_weights.FILES):
-    """The folder with GPT-2's released files. Raises WeightsError."""
+    """The folder with GPT-2's released files. Raises UserError."""
     return Path(cfg.weights) if cfg.weights else gpt2_weights.fetch(cfg.model, files)
 
 def released_weights(run):
@@ -1013,7 +996,7 @@ def adapter_of(model):
 
 def load_model(run, name):
     """A finished part's model. "base" is the stage-0 model, or the released GPT-2, and "lora" the
-    base with its adapter. Raises WeightsError."""
+    base with its adapter. Raises UserError."""
     if name != "lora":
         path = run.out / name / "model.safetensors"
         return new_model(run, read_safetensors(path, shapes_of(run)))
@@ -1123,29 +1106,23 @@ def log(run, phase, step, steps, nats, right, speed, left):
 
 def save_last(run, phase, step, model, optimizers):
     """last.pt: where the run stands, for --resume. Replaced whole."""
-    path, temporary = run.out / "last.pt", run.out / "last.pt.tmp"
+    path = run.out / "last.pt"
     state = {"phase": phase, "step": step, "seconds": time.time() - run.start,
              "params": [p.detach() for p in model.parameters() if p.requires_grad],
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch's writer raises RuntimeError on a full disk
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({e}): make room, then --resume") from None
+    with one_line(path, "make room, then --resume"), gpt2_weights.replacing(path) as file:
+        torch.save(state, file)
 
 def load_last(run):
     """With --resume, the content of last.pt, {} without one. Raises UserError on a damaged file."""
     path = run.out / "last.pt"
     if not run.cfg.resume or not path.exists():
         return {}
-    try:
+    advice = "delete it, then --resume trains the unfinished part again"
+    with one_line(f"{path} is damaged", advice):
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError("altered")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a damaged file raises nearly anything
-        raise UserError(f"{path} is damaged ({type(e).__name__}): delete it, then --resume trains "
-                        "the unfinished part again") from None
 
 def resume(run, phase, model, optimizers):
     """The step that this phase goes on from: 0, or where last.pt stands, whose state is taken."""
@@ -1186,12 +1163,8 @@ def fit(run, phase, model, steps, rates, loss_of):
 
 def load_json(path):
     """The object in a JSON file, {} without one. Raises UserError on a damaged file."""
-    try:
-        return {**json.loads(path.read_text())}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as e:
-        raise UserError(f"{path} cannot be read ({e}): restore it, or choose another --out") from e
+    with one_line(path, "restore it, or choose another --out"):
+        return {**json.loads(path.read_text())} if path.exists() else {}
 
 def record(run, **sections):
     """Put sections into results.json, in place of those of the same name -> all of it."""
@@ -1207,13 +1180,11 @@ def record_stage(run, stage, scores, **others):
 
 def wilson(p, n):
     """A share p of n -> a rate, with its Wilson 95% interval (1927)."""
-    if not n:
-        return {"exact": 0.0, "n": 0, "ci95": [0.0, 1.0]}
     z = 1.959964  # 95% of the normal distribution lie within z
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-    return {"exact": p, "n": n, "ci95": [max(0.0, min(p, low)), min(1.0, max(p, high))]}
+    middle = (n * p + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(n * p * (1 - p) + z * z / 4) / (n + z * z)
+    low, high = max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
+    return {"exact": p, "n": n, "ci95": [low, high]}
 
 def rate(hits):
     """Booleans -> a rate."""
@@ -1310,17 +1281,36 @@ def held_out(run, most, few=False):
         batches += [problems[part::parts] for part in range(parts)]
     return batches
 
+class Solved(NamedTuple):
+    """Problems of one size, thought by the model and worked by hand, perhaps with steps given."""
+    problems: list
+    works: list  # their steps, by hand
+    prompt: Prompt
+    thoughts: list
+    answers: list  # the model's
+
+def solve(run, model, problems, donors={}, stage="all"):
+    """Think problems and work them by hand. The thoughts, and steps, of some slots are given by
+    donors {slot: as many problems}. -> Solved. All answers, causal figures, examples and ask are
+    made of this experiment."""
+    given = {slot: think_through(run, model, others)[1][slot] for slot, others in donors.items()}
+    works = work_all(run.task, problems, donors)
+    prompt, thoughts = think_through(run, model, problems, given, stage=stage)
+    return Solved(problems, works, prompt, thoughts, answer(run, model, prompt, thoughts))
+
+def as_worked(run, solved):
+    """Whether each answer is what the hand-worked steps spell."""
+    return [now == run.task.spell(steps) for now, steps in zip(solved.answers, solved.works)]
+
 def stage_scores(run, model, stage="all", few=False):
     """Held-out problems answered at a stage, autoregressively, from the problem alone -> a rate,
     with "by_digits", and a problem's tokens (or thoughts) before the answer and seconds."""
     hits, tokens, begin = defaultdict(list), 0, time.time()
     for problems in held_out(run, 250, few):
-        prompt, thoughts = think_through(run, model, problems, stage=stage)
-        answers = answer(run, model, prompt, thoughts)
-        tokens += sum(int(token.valid.sum()) for token in prompt.past[1:])
-        tokens += len(thoughts) * len(problems)
-        for own, said in zip(problems, answers):
-            hits[run.task.size(own)].append(said == run.task.spell(run.task.work(own)))
+        solved = solve(run, model, problems, stage=stage)
+        tokens += sum(int(token.valid.sum()) for token in solved.prompt.past[1:])
+        tokens += len(solved.thoughts) * len(problems)
+        hits[run.task.size(problems[0])] += as_worked(run, solved)
     every = sum(hits.values(), [])
     return {**rate(every), "by_digits": rates_of(hits),
             "tokens": tokens / len(every), "seconds": (time.time() - begin) / len(every)}
@@ -1335,8 +1325,7 @@ def train_coconut(run):
     stages = stages_of(run)
     for stage in stages[stages.index(reached) if reached in stages else 0:]:
         if stage != reached:
-            switch = stage_scores(run, model, stage, few=True)
-            record_stage(run, stage, {"at_switch": switch})
+            record_stage(run, stage, {"at_switch": stage_scores(run, model, stage, few=True)})
         named = {"0": ("text", cfg.train_text), "all": ("last", cfg.train_latent)}
         recipe, steps = named[stage] if stage in named else ("mixed", cfg.train_mixed * int(stage))
 
@@ -1370,24 +1359,19 @@ def pool_of(run, model, each=512, life=32):
     steps, readings (n, K, C)."""
     white, sizes = whitener_of(run, model), sorted(run.cfg.digits)
 
-    @lru_cache(maxsize=1)
-    def made(refill):
-        pools = []
-        for size in sizes:
-            rng = rng_of(run.cfg.seed, "pool", size, refill)
-            problems = run.task.draw(rng, TRAIN, size, each)
-            works = [run.task.work(problem) for problem in problems]
-            readings = []
-            for start in range(0, len(problems), 1000):
-                _, thoughts = think_through(run, model, problems[start:start + 1000])
-                readings.append(white(readings_of(thoughts)))
-            pools.append((problems, works, torch.cat(readings)))
-        return pools
+    @lru_cache(maxsize=len(sizes))
+    def made(size, refill):
+        rng = rng_of(run.cfg.seed, "pool", size, refill)
+        problems, readings = run.task.draw(rng, TRAIN, size, each), []
+        for start in range(0, len(problems), 1000):
+            _, thoughts = think_through(run, model, problems[start:start + 1000])
+            readings.append(white(readings_of(thoughts)))
+        return problems, work_all(run.task, problems), torch.cat(readings)
 
     def draw(step, rng, n):
         shares = 2.0 ** np.arange(len(sizes))  # long problems are learnt later
-        chosen = rng.choice(len(sizes), p=shares / shares.sum())
-        problems, works, readings = made(step // life)[chosen]
+        size = int(rng.choice(sizes, p=shares / shares.sum()))
+        problems, works, readings = made(size, step // life)
         rows = rng.integers(len(problems), size=n)
         return [problems[row] for row in rows], [works[row] for row in rows], (
             readings.index_select(0, put(rows, readings.device)))
@@ -1434,13 +1418,15 @@ def self_oracle(run, coconut):
 
 PROBES = {"linear": 0, "mlp": 512}  # name: width of the hidden layer
 
-def new_probe(run, hidden):
-    """Classifiers of all fields of a step, side by side."""
-    torch.manual_seed(run.cfg.seed)
-    width = run.cfg.size.width
-    body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
-    head = nn.Linear(hidden or width, sum(run.task.FIELDS.values()))
-    return nn.Sequential(*body, head).to(run.cfg.device)
+def new_probes(run):
+    """By name: classifiers of all fields of a step, side by side."""
+    width, probes = run.cfg.size.width, nn.ModuleDict()
+    for name, hidden in PROBES.items() if run.task.FIELDS else ():
+        torch.manual_seed(run.cfg.seed)
+        body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
+        head = nn.Linear(hidden or width, sum(run.task.FIELDS.values()))
+        probes[name] = nn.Sequential(*body, head)
+    return probes.to(run.cfg.device)
 
 def field_hits(run, probe, readings, steps):
     """Readings (N, C) and their steps -> cross-entropy, (N, fields) bool: found. What a step has no
@@ -1459,10 +1445,8 @@ def field_hits(run, probe, readings, steps):
 def train_probes(run):
     """Linear probes, and probes with one hidden layer."""
     # probes take so many readings a step that a small pool would be learnt by heart
-    draw, weights = pool_of(run, load_model(run, "coconut"), each=8000, life=2**31), {}
-    for name, hidden in PROBES.items() if run.task.FIELDS else ():
-        probe = new_probe(run, hidden)
-
+    draw, probes = pool_of(run, load_model(run, "coconut"), each=8000, life=2**31), new_probes(run)
+    for name, probe in probes.items():
         def loss_of(step, rng):
             _, works, readings = draw(step, rng, 512)
             rows, slots = readable(run.task, rng, works)
@@ -1471,28 +1455,10 @@ def train_probes(run):
             return Loss(loss, loss, hits.all(dim=1).float())
 
         fit(run, f"probes {name}", probe, run.cfg.train_probes, PROBE_RATES, loss_of)
-        weights |= {f"{name}.{key}": tensor for key, tensor in probe.state_dict().items()}
-    write_safetensors(run.out / "probes.safetensors", weights)
+    write_safetensors(run.out / "probes.safetensors", probes.state_dict())
 
 # --------------------------------------------------------------------------------------------------
 # 11. Evaluation: rates, readings and their controls, thoughts given
-
-class Solved(NamedTuple):
-    """Problems of one size, thought by the model and worked by hand, perhaps with steps given."""
-    problems: list
-    works: list  # their steps, by hand
-    prompt: Prompt
-    thoughts: list
-    answers: list  # the model's
-
-def solve(run, model, problems, donors={}):
-    """Think problems and work them by hand. The thoughts, and steps, of some slots are given by
-    donors {slot: as many problems}. -> Solved. All causal figures, examples and ask are made of
-    this experiment."""
-    given = {slot: think_through(run, model, others)[1][slot] for slot, others in donors.items()}
-    works = work_all(run.task, problems, donors)
-    prompt, thoughts = think_through(run, model, problems, given)
-    return Solved(problems, works, prompt, thoughts, answer(run, model, prompt, thoughts))
 
 class Case(NamedTuple):
     """A held-out thought: its reading (C,), that of the problem before in the same slot, and what
@@ -1502,10 +1468,7 @@ class Case(NamedTuple):
     problem: object
     steps: list
     slot: int
-
-    @property
-    def step(self):
-        return self.steps[self.slot]
+    step: object  # steps[slot]
 
 def cases_of(task, tests):
     """All thoughts -> Cases of steps that readers were trained on, and of those never read."""
@@ -1514,7 +1477,7 @@ def cases_of(task, tests):
         for slot, thought in enumerate(test.thoughts):
             for row, steps in enumerate(test.works):
                 case = Case(thought.reading[row], thought.reading[row - 1],
-                            test.problems[row], steps, slot)
+                            test.problems[row], steps, slot, steps[slot])
                 (never if task.never_read(case.step) else known).append(case)
     return known, never
 
@@ -1567,10 +1530,9 @@ def probe_scores(run, white, known):
     """How often probes find each field of a step, and all of them -> {probe: {field: rate}}."""
     inner = [case for case in known if run.task.fields(case.step) is not None]
     vectors = white(stack(inner))
-    weights, scores = read_safetensors(run.out / "probes.safetensors"), {}
-    for name, hidden in PROBES.items():
-        probe = new_probe(run, hidden)
-        probe.load_state_dict({key: weights[f"{name}.{key}"] for key in probe.state_dict()})
+    probes, scores = new_probes(run), {}
+    probes.load_state_dict(read_safetensors(run.out / "probes.safetensors"))
+    for name, probe in probes.items():
         with evaluating(run):
             _, hits = field_hits(run, probe, vectors, [case.step for case in inner])
         hits = hits.cpu().numpy()
@@ -1600,10 +1562,6 @@ def control_scores(run, oracle, known):
             "slot_majority": [most[run.task.size(case.problem)][case.slot] for case in known]}
     steps = [case.step for case in known]
     return {name: step_scores(run.task, words, steps) for name, words in said.items()}
-
-def as_worked(run, solved):
-    """Whether each answer is what the hand-worked steps spell."""
-    return [now == run.task.spell(steps) for now, steps in zip(solved.answers, solved.works)]
 
 def donations(run, tests, test, slot, rng):
     """Who gives thoughts to the problems of a test, in this slot -> [(figure, donors), ...].
@@ -1709,12 +1667,11 @@ def forced(run, model, tests):
 
 def environment(cfg):
     """Versions and hardware, for results.json."""
-    gpu, git, commit = cfg.device == "cuda", shutil.which("git"), ""
+    gpu = cfg.device == "cuda"
     device = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
-    if git:
-        command = [git, "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {"torch": torch.__version__, "device": device, "dtype": cfg.dtype, "git": commit}
+    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True, check=False).stdout.strip()
+    return {"torch": torch.__version__, "device": device, "dtype": cfg.dtype, "git": git}
 
 def evaluate(run):
     """Everything that is measured on held-out problems -> results.json."""
@@ -1898,20 +1855,19 @@ def respond(run, model, oracle, line, current):
     """Do what a line asks for, about the current problem -> the current problem from then on."""
     command = re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
     if not command:
-        current = typed(run, line)
-        show_chain(run, model, oracle, current, {})
-        return current
-    verb, slot, words = command[1], int(command[2]), command[3]
-    if current is None or slot >= len(run.task.work(current)):
-        raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
-    if verb != "?":
-        donor = donor_of(run, verb, slot, words, current)
-        show_chain(run, model, oracle, current, {slot: [donor]})
-    elif any(token in words for token in RESERVED) or len(run.text.ids(words)) > 40:
-        raise UserError("ask in at most 40 tokens, none of them special")
+        current, donors = typed(run, line), {}
     else:
-        _, thoughts = think_through(run, model, [current])
-        print(*ask(run, oracle, thoughts[slot].reading, words), flush=True)
+        verb, slot, words = command[1], int(command[2]), command[3]
+        if current is None or slot >= len(run.task.work(current)):
+            raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
+        if verb == "?":
+            if any(token in words for token in RESERVED) or len(run.text.ids(words)) > 40:
+                raise UserError("ask in at most 40 tokens, none of them special")
+            _, thoughts = think_through(run, model, [current])
+            print(*ask(run, oracle, thoughts[slot].reading, words), flush=True)
+            return current
+        donors = {slot: [donor_of(run, verb, slot, words, current)]}
+    show_chain(run, model, oracle, current, donors)
     return current
 
 def ask_loop(run):
@@ -1946,27 +1902,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}: see --help")
 
-def converter(field):
-    """-> the argparse type of a field: text, a number within its limits, or several."""
-    low, high = field.metadata["low"], 1 if field.type is float else 2**31
-    wanted = "a number" if field.type is float else "an integer"
-
-    def number(string):
-        try:
-            value = float(string) if field.type is float else int(string)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"takes {wanted} from {low} to {high}, not {string!r}")
-        return value
-
-    def numbers(string):
-        lowest, dash, highest = string.partition("-")
-        if dash and number(lowest) <= number(highest) < 100:
-            return tuple(range(number(lowest), number(highest) + 1))
-        return tuple(sorted({number(part) for part in string.split(",")}))
-
-    return {str: str, tuple: numbers}.get(field.type, number)
+def numbers(string):
+    """`2-4`, `2,3` or, as config.json has it, `[2, 3]` -> numbers from 1 to 99, in order."""
+    lowest, dash, highest = string.strip("[]").partition("-")
+    found = range(int(lowest), int(highest) + 1)[:100] if dash else map(int, lowest.split(","))
+    found = tuple(sorted(set(found)))
+    if not found or found[0] < 1 or found[-1] > 99:
+        raise ValueError
+    return found
 
 def parse(argv):
     """Command line -> Config. A later part, and --resume, take what is unset from the run in --out,
@@ -1977,30 +1920,31 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         name, how = "--" + field.name.replace("_", "-"), {"action": argparse.BooleanOptionalAction}
         if field.type is not bool:
-            how = {"type": converter(field), "choices": field.metadata["choices"]}
+            kind = numbers if field.type is tuple else field.type
+            how = {"type": kind, "choices": field.metadata["choices"]}
         parser.add_argument(name, help=field.metadata["help"], **how)
     flags = vars(parser.parse_args(argv))
     out = flags.get("out") or f"runs/{flags.get('model', 'tiny')}"
     stage = flags.get("stage", "all")
     new = stage in ("all", "coconut") and not flags.get("resume")
     saved = {} if new else load_json(Path(out) / "config.json")
+    told = [f"--{name.replace('_', '-')}={value}" for name, value in saved.items()]
+    with one_line(f"{out}/config.json", "choose another --out"):
+        saved = vars(parser.parse_args(told))
     for name, value in saved.items():
-        saved[name] = value = tuple(value) if isinstance(value, list) else value
         free = ("weights", "eval_problems", "split") if stage == "eval" else ("weights",)
         if name not in free and flags.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")
-    try:
-        cfg = Config(**{**saved, **flags, "out": out})
-        for field in dataclasses.fields(Config):
-            value, choices = getattr(cfg, field.name), field.metadata["choices"]
-            fits = value is None or isinstance(value, field.type)
-            if not fits or choices and value not in choices:
-                raise TypeError(f"{field.name} is {value!r}")
-        if cfg.pretrained:
-            cfg = Config(**{**RELEASED, **saved, **flags, "out": out})
-    except TypeError as e:
-        raise UserError(f"{out}/config.json is damaged ({e}): choose another --out") from None
+    known = {**saved, **flags, "out": out}
+    cfg = Config(**known)
+    if cfg.pretrained:
+        cfg = Config(**{**RELEASED, **known})
+    for field in dataclasses.fields(Config):
+        value, most = getattr(cfg, field.name), 1 if field.type is float else 2**31
+        if field.type in (int, float) and not field.metadata["low"] <= value <= most:
+            raise UserError(f"--{field.name.replace('_', '-')} takes {field.metadata['low']} to "
+                            f"{most}, not {value}")
     gpu = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpu else "float32"
     # one problem at a time, as in ask, would be compiled anew, and is as fast without
@@ -2043,10 +1987,8 @@ def load_task(cfg):
         return Sums(cfg.digits)
     sys.modules.setdefault("cocoracle", sys.modules[__name__])  # a task may import this file
     try:
-        spec = importlib.util.spec_from_file_location("task", cfg.task)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        task = type("Task", (module.Task, Defaults), {})(cfg.digits)
+        own = runpy.run_path(cfg.task)["Task"]
+        task = type("Task", (own, Defaults), {})(cfg.digits)
     except UserError:
         raise
     except Exception as e:  # somebody's code raises anything
@@ -2128,7 +2070,7 @@ def command_line(argv=None):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         main(argv)
         return 0
-    except (UserError, WeightsError) as e:
+    except UserError as e:
         print(f"error: {e}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("error: out of memory: choose a smaller --batch-size, and more --accumulate",

@@ -24,17 +24,17 @@ SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36
 CHOOSE = "name another file, or fetch or copy it again"  # what to do when reading fails, and when writing does
 FREE = "free the disk or write to another directory"
 
-class WeightsError(Exception):
-    """A weights or tokenizer file cannot be had, read or written: one line says what is wrong and what to do."""
+class UserError(Exception):
+    """A user's mistake, or a file that cannot be had, read or written: one line says what is wrong and what to do."""
 
 @contextlib.contextmanager
 def one_line(subject, advice: str):
-    """Turns what goes wrong with `subject` inside the block into a WeightsError that ends in `advice`."""
+    """Turns what goes wrong with `subject` inside the block into a UserError that ends in `advice`."""
     try:
         yield
     except Exception as error:  # bad files raise nearly anything in json and tiktoken: RecursionError, KeyError, ...
         reason = " ".join(str(error).split()) or "the contents do not fit together"
-        raise WeightsError(f"{subject}: {reason}: {advice}") from error
+        raise UserError(f"{subject}: {reason}: {advice}") from error
 
 def gpt2_shapes(n_layer: int, C: int, n_vocab: int = 50257, n_ctx: int = 1024) -> dict[str, tuple]:
     """State-dict name -> shape of GPT-2 at width C. Matrices are stored (in, out), as Conv1D's; lm_head is wte."""
@@ -48,7 +48,7 @@ def gpt2_shapes(n_layer: int, C: int, n_vocab: int = 50257, n_ctx: int = 1024) -
 
 @functools.cache
 def read_size(directory) -> tuple[int, int, int, int]:
-    """n_layer, n_head, n_embd and n_positions of a directory's config.json. Raises WeightsError."""
+    """n_layer, n_head, n_embd and n_positions of a directory's config.json. Raises UserError."""
     with one_line(path := Path(directory, "config.json"), CHOOSE):
         config = json.loads(path.read_bytes())
         size = tuple(config[name] for name in ("n_layer", "n_head", "n_embd", "n_positions"))
@@ -66,10 +66,10 @@ PAUSES = (0.5, 1.0, 2.0)  # seconds before each further try of one file
 def fetch(model: str, files=FILES) -> Path:
     """Directory with `files` of `model`, after downloading those that are missing; if none is, no network is touched.
     A file gets its name only when whole and checked; until then it is FILE.part, which a later call resumes.
-    COCORACLE_CACHE replaces the cache directory (~/.cache/cocoracle), COCORACLE_HUB the base address. Or WeightsError.
+    COCORACLE_CACHE replaces the cache directory (~/.cache/cocoracle), COCORACLE_HUB the base address. Or UserError.
     """
     if model not in SIZES:
-        raise WeightsError(f"{model!r} is no released GPT-2: choose one of {', '.join(SIZES)}")
+        raise UserError(f"{model!r} is no released GPT-2: choose one of {', '.join(SIZES)}")
     cache = os.environ.get("COCORACLE_CACHE") or (os.environ.get("XDG_CACHE_HOME") or "~/.cache") + "/cocoracle"
     directory = Path(os.path.expanduser(cache), model)
     for name in files:
@@ -84,7 +84,7 @@ def fetch(model: str, files=FILES) -> Path:
                 if (status := getattr(error, "code", None)) == 416:  # the part is not shorter: of another file
                     part.unlink(missing_ok=True)
                 if not pauses or status in (401, 403, 404):
-                    raise WeightsError(f"{url} to {path}: {error}: check network/disk, or use --weights DIR") from error
+                    raise UserError(f"{url} to {path}: {error}: check network/disk, or use --weights DIR") from error
                 time.sleep(pauses.pop(0))
     return directory
 
@@ -130,7 +130,7 @@ def _download(url: str, part: Path) -> None:
     part.unlink()
     problem = f"received {got:,} bytes of digest {found}, announced were {size:,} of {digest or 'none'}"
     # A part that an earlier run left may be of an older version: try anew. What came in one piece is wrong for good.
-    raise ConnectionError(problem) if start else WeightsError(f"{url}: {problem}: try later, or use --weights DIR")
+    raise ConnectionError(problem) if start else UserError(f"{url}: {problem}: try later, or use --weights DIR")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Safetensors: 8 bytes of header length N, N bytes of JSON, the tensors' bytes without holes (the package's README)
@@ -141,7 +141,7 @@ DTYPES |= {"F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": tor
 def read_safetensors(path, expected: dict[str, tuple] | None = None) -> dict[str, torch.Tensor]:
     """Tensors of a file as views of its private memory map: no copy, and writing to them leaves the file alone.
     With `expected` (name -> shape), names lose a `transformer.` in front, the mask buffers of old files and an lm_head
-    equal to wte are dropped, and the rest must be just those names in those shapes, of floats; or WeightsError."""
+    equal to wte are dropped, and the rest must be just those names in those shapes, of floats; or UserError."""
     with one_line(path, CHOOSE):
         return _read(path) if expected is None else match(_read(path), expected)
 
@@ -207,7 +207,7 @@ def _unique(pairs: list) -> dict:
     return table
 
 def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes what the safetensors package does, byte for byte; or WeightsError, and an earlier file is left alone."""
+    """Writes what the safetensors package does, byte for byte; or UserError, and an earlier file is left alone."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     with one_line(path, FREE):
         names = sorted(tensors, key=lambda name: (list(codes).index(tensors[name].dtype), name))
@@ -217,15 +217,15 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
             header[name] = {"dtype": codes[tensor.dtype], "shape": [*tensor.shape], "data_offsets": span}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 file.write(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 @contextlib.contextmanager
-def _replacing(path):
+def replacing(path):
     """A binary file to write, which takes the place of `path` when the block ends; a failure leaves `path` alone."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -237,7 +237,7 @@ def _replacing(path):
 
 def write_atomic(path, text: str) -> None:
     """Writes `text` as UTF-8. Raises OSError, and then an earlier file is left alone and no other left behind."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def write_atomic(path, text: str) -> None:
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 def read_bpe(directory) -> dict[bytes, int]:
-    """GPT-2's 50,256 byte strings -> ranks, from a directory's merges.txt and vocab.json. Raises WeightsError."""
+    """GPT-2's 50,256 byte strings -> ranks, from a directory's merges.txt and vocab.json. Raises UserError."""
     # Without the variable tiktoken copies the files to a temporary directory, and reads them there ever after.
     files = [os.path.join(directory, name) for name in BPE_FILES]
     with one_line(" and ".join(files), "use GPT-2's own"), mock.patch.dict(os.environ, TIKTOKEN_CACHE_DIR=""):
@@ -261,7 +261,7 @@ def read_bpe(directory) -> dict[bytes, int]:
 # Folders for transformers and PEFT
 def save_model(directory, weights: dict, heads: int, ranks: dict[bytes, int], pattern: str, special: dict) -> None:
     """A folder that transformers' GPT2LMHeadModel and AutoTokenizer load; `weights` has the names of gpt2_shapes.
-    The tokenizer gives the ids of tiktoken's Encoding of `ranks`, `pattern` and `special`, name -> id. WeightsError."""
+    The tokenizer gives the ids of tiktoken's Encoding of `ranks`, `pattern` and `special`, name -> id. UserError."""
     (n_vocab, C), end = weights["wte.weight"].shape, special["<|endoftext|>"]
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "bos_token_id": end, "eos_token_id": end}
     config |= {"n_layer": sum(name.endswith("ln_1.bias") for name in weights), "n_head": heads, "n_embd": C}
@@ -306,7 +306,7 @@ def _peft_name(name: str) -> str:  # h.0.attn.c_attn.lora_a -> base_model.model.
     return f"base_model.model.transformer.{name[:-1]}{name[-1].upper()}.weight"
 
 def save_adapter(directory, tensors: dict[str, torch.Tensor], rank: int, alpha: float, base: str) -> None:
-    """A folder that PEFT loads onto the model that `base` names: x W + alpha / rank * (x A) B. WeightsError.
+    """A folder that PEFT loads onto the model that `base` names: x W + alpha / rank * (x A) B. UserError.
     `tensors` are A (in, r) and B (r, out) of each block's matrices, as h.0.attn.c_attn.lora_a and .lora_b."""
     modules = {name.split(".", 2)[2].rpartition(".")[0] for name in tensors}  # attn.c_attn, ...
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank}
@@ -315,7 +315,7 @@ def save_adapter(directory, tensors: dict[str, torch.Tensor], rank: int, alpha: 
     _write_folder(directory, {"adapter_config.json": config}, "adapter_model.safetensors", turned)
 
 def read_adapter(directory, expected: dict[str, tuple], alpha: float | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of save_adapter or PEFT under our names; they must be just `expected`, name -> shape. WeightsError.
+    """The tensors of save_adapter or PEFT under our names; they must be just `expected`, name -> shape. UserError.
     An adapter that is no plain LoRA, or has another lora_alpha than `alpha`, would mean something else: refused."""
     ours = {_peft_name(name): name for name in expected}
     with one_line(directory, CHOOSE):

@@ -117,6 +117,6 @@ def main(argv):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (co.UserError, co.WeightsError) as e:
+    except co.UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)

@@ -199,7 +199,7 @@ def command_line(argv=None):
     try:
         main(argv)
         return 0
-    except (co.UserError, co.WeightsError) as e:
+    except co.UserError as e:
         print(f"error: {e}", file=sys.stderr)
     except OSError as e:
         print(f"error: {e}: choose another --out", file=sys.stderr)

@@ -379,7 +379,7 @@ def test_a_task_of_ones_own(tmp_path):
     ("{\"left\": 10}", "{\"left\": 8}", "fields: .*problem 9"),
     ("left\": step", "left\": \"x\"", "fields: .*problem 8"),
     ("return False", "return True", "never_read: .*size 3"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
-    ("n)]", "n if split != 'test' else 3)]", "draw: of size 3, .* 3 of 4 for test"),
+    ("n)]", "n if split != 'test' else 3)]", "draw: .* 3 of 4 to test on: problem 'of size 3'"),
     ("n)]", "n if split != 'train' else 0)]", "draw: .*size 3"),
     ("return False", "return False\n    def looser(self, said): return {'x': said[0]}", "looser: IndexError"),
     ("size(self, problem): return 3", "size(self, problem): return 4", "size: not 3: problem 8")])
