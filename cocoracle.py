@@ -385,9 +385,8 @@ class Text:
     def own_ranks(self, task):
         questions = sum(self.trained.values(), [])
         words = set(re.findall(r"[A-Za-z]+", " ".join([*questions, task.words, "Layer"])))
-        words |= {" " + word for word in words}
+        words |= {" " + word for word in [*words, *"0123456789"]}
         pieces = [bytes([i]) for i in range(256)]
-        pieces += [f" {digit}".encode() for digit in range(10)]
         pieces += [word.encode() for word in sorted(words) if len(word) > 1]
         return {piece: rank for rank, piece in enumerate(pieces)}
 
@@ -431,6 +430,8 @@ def try_out(task, text, cfg, exchanges):
                      f"work: {len(steps)} steps, of others of its size {len(like)}"),
                     (given[0] == like[0], "work: a given step must be taken as it stands"),
                     (plain == written, "text, say and spell: plain text, no special tokens"),
+                    (not {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"},
+                     "FIELDS has a name that the program uses"),
                     (classed, "fields: None, or for each of FIELDS a number below its classes"),
                     (looser == looser[:1] * len(looser), "looser: the same names, of any text")):
                     if not kept:
@@ -596,8 +597,8 @@ def attention_mask(x, past, valid, last):
     mask = x.new_ones(T, S + T, dtype=torch.bool).tril(diagonal=S)[None]
     if padded:
         seen = [x.new_ones(B, n, dtype=torch.bool) if v is None else v for v, n in known]
-        itself = F.pad(torch.eye(T, dtype=torch.bool, device=x.device), (S, 0))
-        mask = mask & (torch.cat(seen, dim=1)[:, None, :] | itself[None])
+        itself = mask.triu(diagonal=S)
+        mask = mask & (torch.cat(seen, dim=1)[:, None, :] | itself)
     return mask[:, None]
 
 class GPT(nn.Module):
@@ -655,11 +656,10 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
 @contextmanager
-def precision(run, *models):
+def precision(run, model):
     """The precision of training: bfloat16 matrix products where asked for, float32 weights."""
-    low, cast = run.cfg.dtype == "bfloat16", []
-    for model in models if low else ():
-        cast += [m for m in model.modules() if isinstance(m, Conv1D) and m.cast is None]
+    low = run.cfg.dtype == "bfloat16"
+    cast = [m for m in model.modules() if low and isinstance(m, Conv1D) and m.cast is None]
     # The CPU's fused attention is slow backwards in bfloat16: 87 ms, plain products 19.
     plain = sdpa_kernel(SDPBackend.MATH) if low and run.cfg.device == "cpu" else nullcontext()
     with torch.autocast(run.cfg.device, torch.bfloat16, enabled=low), plain:
@@ -674,9 +674,9 @@ def precision(run, *models):
                 module.cast = None
 
 @contextmanager
-def evaluating(run, *models):
+def evaluating(run, model):
     """Around everything that measures: no gradients, and the precision of training."""
-    with torch.no_grad(), precision(run, *models):
+    with torch.no_grad(), precision(run, model):
         yield
 
 def token_loss(logits, target):
@@ -807,11 +807,10 @@ class Injection(NamedTuple):
     vectors: torch.Tensor  # (B, C)
     place: int  # of the <act> token in the input, the same in all rows
     layer: int
-    scale: float = SCALE
 
     def into(self, x):
         """x (B, T, C) with the vectors added, out of place."""
-        strength = self.scale * x[:, self.place].norm(dim=-1, keepdim=True)
+        strength = SCALE * x[:, self.place].norm(dim=-1, keepdim=True)
         norm = self.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
         added = (strength * self.vectors / norm).to(x.dtype)[:, None]  # (B, 1, C)
         return x + F.pad(added, (0, 0, self.place, x.shape[1] - self.place - 1))
@@ -1037,8 +1036,7 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         alike = defaultdict(list)
         for p in group["params"]:
-            if p.grad is not None:
-                alike[p.shape].append(p)
+            alike[p.shape].append(p)
         for (n_in, n_out), matrices in alike.items():  # all of one shape at once
             updates = []
             for p in matrices:
@@ -1079,13 +1077,12 @@ def make_optimizers(model, rates):
 def train_step(run, model, optimizers, phase, step, loss_of):
     """One update by the losses of a batch's parts -> [nats, share right], examples. loss_of(step,
     rng) -> Loss. Raises UserError where the gradient is not finite."""
-    parts, stats, seen = run.cfg.accumulate, torch.zeros(2, device=run.cfg.device), 0
+    parts, stats = run.cfg.accumulate, torch.zeros(2, device=run.cfg.device)
     for part in range(parts):
         with precision(run, model):
             loss = loss_of(step, rng_of(run.cfg.seed, phase, step, part))
         (loss.total / parts).backward()
         stats += torch.stack([loss.nats.detach(), loss.right.mean()]) / parts
-        seen += len(loss.right)
     params = [p for p in model.parameters() if p.requires_grad]
     if not nn.utils.clip_grad_norm_(params, 1.0).isfinite():
         raise UserError("a gradient is not finite: --resume with --dtype float32, or begin again "
@@ -1093,7 +1090,7 @@ def train_step(run, model, optimizers, phase, step, loss_of):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return stats, seen
+    return stats, parts * len(loss.right)
 
 def log(run, phase, step, steps, nats, right, speed, left):
     """One line on the terminal and one object in log.jsonl, of the steps since the last one."""
@@ -1533,7 +1530,7 @@ def probe_scores(run, white, known):
     probes, scores = new_probes(run), {}
     probes.load_state_dict(read_safetensors(run.out / "probes.safetensors"))
     for name, probe in probes.items():
-        with evaluating(run):
+        with evaluating(run, probe):
             _, hits = field_hits(run, probe, vectors, [case.step for case in inner])
         hits = hits.cpu().numpy()
         scores[name] = {field: rate(hits[:, i]) for i, field in enumerate(run.task.FIELDS)}
@@ -1989,17 +1986,12 @@ def load_task(cfg):
     try:
         own = runpy.run_path(cfg.task)["Task"]
         task = type("Task", (own, Defaults), {})(cfg.digits)
-    except UserError:
-        raise
     except Exception as e:  # somebody's code raises anything
-        raise UserError(f"--task {cfg.task}: {type(e).__name__}: {e}") from None
+        told = e if isinstance(e, UserError) else f"--task {cfg.task}: {type(e).__name__}: {e}"
+        raise UserError(told) from None
     for name in ("draw", "size", "text", "work", "say", "spell"):
         if not hasattr(task, name):
             raise UserError(f"--task {cfg.task}: class Task has no {name}, see Sums")
-    taken = {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"}
-    if taken:
-        raise UserError(f"--task {cfg.task}: FIELDS has a name that the program uses: "
-                        f"{', '.join(sorted(taken))}")
     return task
 
 def open_run(cfg):
