@@ -34,6 +34,10 @@ compare: .venv/run.ok
 cards: .venv/run.ok
 	$(BIN)/python .scripts/cards.py $(ARGS)
 
+# Figures of a finished run by size of its problems: `make sizes ARGS=runs/long`
+sizes: .venv/run.ok
+	$(BIN)/python .scripts/sizes.py $(ARGS)
+
 # Speed of each kind of step beside this machine's matrix product. `make bench ARGS="--model gpt2 --init scratch"`
 bench: .venv/run.ok
 	$(BIN)/python .scripts/bench.py $(ARGS)
@@ -82,4 +86,4 @@ clean:
 
 export KINDS ?= faithful explained plain bottleneck pause none random
 
-.PHONY: run test parity torture mutants compare cards bench memory seed gpu shape coverage fresh clean
+.PHONY: run test parity torture mutants compare cards sizes bench memory seed gpu shape coverage fresh clean

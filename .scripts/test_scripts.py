@@ -247,6 +247,17 @@ def test_the_model_card_thinks(mini, capsys, monkeypatch):
         exec(code.replace(r["examples"][0]["problem"], view["problem"]), {})
         assert capsys.readouterr().out.strip() == view["answer"]
 
+def test_figures_by_size(mini):
+    """The sizes' problems are the run's own, more or fewer of each; together their figures are the run's."""
+    out, r, _ = mini
+    sizes, per_size = module_of(".scripts/sizes.py"), [rate["n"] for rate in r["coconut"]["by_digits"].values()]
+    rows = [line.strip("| ").split(" | ") for line in sizes.table(out, per_size[0])[2:]]
+    assert [row[:3] for row in rows] == [[size, str(rate["n"]), f"{rate['exact']:.3f}"]
+                                         for size, rate in r["coconut"]["by_digits"].items()]
+    for column, whole in ((3, r["oracle"]["step"]["exact_no_final"]), (5, r["causal"]["iia_changed"]["exact"])):
+        shares = [float(row[column]) for row in rows]
+        assert min(shares) - 0.001 <= whole <= max(shares) + 0.001
+
 def test_problems_of_coconuts_files_run(monkeypatch, tmp_path):
     """A JSON file as facebookresearch/coconut has them is learnt and measured, from data to report."""
     items = [{"question": f"Ann has {n} pears and eats {n % 7}. How many?", "answer": str(n - n % 7),
