@@ -1036,7 +1036,8 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         alike = defaultdict(list)
         for p in group["params"]:
-            alike[p.shape].append(p)
+            if p.grad is not None:
+                alike[p.shape].append(p)
         for (n_in, n_out), matrices in alike.items():  # all of one shape at once
             updates = []
             for p in matrices:
