@@ -478,6 +478,9 @@ def make_batch(run, problems, works, n_text):
         # a thought is fed, or <eot>.
         targets.append([*written, IGNORE] if n_text else [])
         answers.append([text.eot, *text.ids(task.spell(steps)), text.eos])
+        positions = len(prefixes[-1]) + len(steps) - n_text + len(answers[-1]) - 1
+        if positions > run.cfg.size.positions:  # longer than all that try_out() drew
+            raise UserError(f"the task's draw: {positions} positions: {problem!r:.80}")
     prefix = pad(prefixes, text.eos, left=True)
     valid = prefix != text.eos
     return Batch(
@@ -597,8 +600,7 @@ def attention_mask(x, past, valid, last):
     mask = x.new_ones(T, S + T, dtype=torch.bool).tril(diagonal=S)[None]
     if padded:
         seen = [x.new_ones(B, n, dtype=torch.bool) if v is None else v for v, n in known]
-        itself = mask.triu(diagonal=S)
-        mask = mask & (torch.cat(seen, dim=1)[:, None, :] | itself)
+        mask = mask & (torch.cat(seen, dim=1)[:, None] | mask.triu(diagonal=S))
     return mask[:, None]
 
 class GPT(nn.Module):
@@ -1020,7 +1022,7 @@ def save_model(run, name, model):
 class Loss(NamedTuple):
     total: torch.Tensor  # what is trained on
     nats: torch.Tensor  # nats a token of what the model must write
-    right: torch.Tensor  # (B,) 1. where all of it is right under teacher forcing
+    right: torch.Tensor  # (B,) 1. where the answer, or what an oracle is to say, is all right
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose steps are made orthogonal by 5 Newton-Schulz steps (Jordan
@@ -1120,7 +1122,7 @@ def load_last(run):
     with one_line(f"{path} is damaged", advice):
         if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise ValueError("altered")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 def resume(run, phase, model, optimizers):
     """The step that this phase goes on from: 0, or where last.pt stands, whose state is taken."""
@@ -1157,7 +1159,7 @@ def fit(run, phase, model, steps, rates, loss_of):
             sums, count, seen, logged = torch.zeros_like(sums), 0, 0, now
         if now > saved + SAVE_EVERY or step + 1 == steps:
             save_last(run, phase, step + 1, model, optimizers)
-            saved = now
+            saved = time.time()
 
 def load_json(path):
     """The object in a JSON file, {} without one. Raises UserError on a damaged file."""
@@ -1310,7 +1312,7 @@ def stage_scores(run, model, stage="all", few=False):
         tokens += len(solved.thoughts) * len(problems)
         hits[run.task.size(problems[0])] += as_worked(run, solved)
     every = sum(hits.values(), [])
-    return {**rate(every), "by_digits": rates_of(hits),
+    return {**rate(every), "by_digits": rates_of(hits), "split": run.cfg.split,
             "tokens": tokens / len(every), "seconds": (time.time() - begin) / len(every)}
 
 def train_coconut(run):
@@ -1529,7 +1531,8 @@ def probe_scores(run, white, known):
     inner = [case for case in known if run.task.fields(case.step) is not None]
     vectors = white(stack(inner))
     probes, scores = new_probes(run), {}
-    probes.load_state_dict(read_safetensors(run.out / "probes.safetensors"))
+    shapes = {name: tuple(x.shape) for name, x in probes.state_dict().items()}
+    probes.load_state_dict(read_safetensors(run.out / "probes.safetensors", shapes))
     for name, probe in probes.items():
         with evaluating(run, probe):
             _, hits = field_hits(run, probe, vectors, [case.step for case in inner])
@@ -1667,7 +1670,7 @@ def environment(cfg):
     """Versions and hardware, for results.json."""
     gpu = cfg.device == "cuda"
     device = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
-    git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent,
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True, check=False).stdout.strip()
     return {"torch": torch.__version__, "device": device, "dtype": cfg.dtype, "git": git}
 
@@ -1677,8 +1680,6 @@ def evaluate(run):
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
     scores, oracle = stage_scores(run, coconut), None  # after these, for its seconds: warm
     text = stage_scores(run, coconut, "0")
-    record_stage(run, "all", scores, by_digits=scores["by_digits"], text_after=text,
-                 teacher_forced=rate(forced(run, coconut, tests)))
     sections = {
         "cost": {name: {"tokens": stage["tokens"], "seconds": stage["seconds"]}
                  for name, stage in (("text", text), ("thoughts", scores))},
@@ -1697,7 +1698,10 @@ def evaluate(run):
         sections["causal"] = causal_scores(run, coconut, oracle, tests)
         if run.task.FIELDS:
             sections["probes"] = probe_scores(run, white, known)
-    record(run, **sections, examples=examples(run, coconut, oracle, tests))
+    sections["examples"] = examples(run, coconut, oracle, tests)
+    record_stage(run, "all", scores, by_digits=scores["by_digits"], text_after=text,
+                 teacher_forced=rate(forced(run, coconut, tests)))
+    record(run, **sections)
 
 # --------------------------------------------------------------------------------------------------
 # 12. Printing and report.html
@@ -1750,7 +1754,7 @@ def tables(results):
         if section in results:
             lines += ["", title]
             lines += [f"  {name:<40}{show_rate(r)}" for name, r in figures(results[section])]
-    lines += ["", "before the answer, a problem"]
+    lines += ["", "a problem: positions before the answer, time up to its end"]
     for name, cost in results["cost"].items():
         lines.append(f"  {name:<40}{cost['tokens']:.1f} positions, {1000 * cost['seconds']:.2f} ms")
     return "\n".join(lines)
@@ -1859,8 +1863,9 @@ def respond(run, model, oracle, line, current):
         if current is None or slot >= len(run.task.work(current)):
             raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
         if verb == "?":
-            if any(token in words for token in RESERVED) or len(run.text.ids(words)) > 40:
-                raise UserError("ask in at most 40 tokens, none of them special")
+            most = run.cfg.size.positions // 8 - 5  # consult() puts "Layer 24:" there, too
+            if any(token in words for token in RESERVED) or len(run.text.ids(words)) > most:
+                raise UserError(f"ask in at most {most} tokens, none of them special")
             _, thoughts = think_through(run, model, [current])
             print(*ask(run, oracle, thoughts[slot].reading, words), flush=True)
             return current
@@ -1872,6 +1877,7 @@ def ask_loop(run):
     """--stage ask: lines typed, or of a file. After a file, an error if one was not understood."""
     model, current, errors, typing = load_model(run, "coconut"), None, 0, sys.stdin.isatty()
     oracle = self_oracle(run, model)
+    sys.stdin.reconfigure(errors="replace")  # what is no UTF-8 is not understood, and that is all
     if typing:
         import readline  # noqa: F401  gives input() a history
         print(HELP)
@@ -1881,7 +1887,7 @@ def ask_loop(run):
             current = respond(run, model, oracle, line, current) if line else current
         except EOFError:
             break
-        except (UserError, UnicodeDecodeError) as e:
+        except UserError as e:
             errors += 1
             print(f"error: {e}", file=sys.stderr, flush=True)
     if errors and not typing:
@@ -2065,9 +2071,9 @@ def command_line(argv=None):
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: out of memory: choose a smaller --batch-size, and more --accumulate",
-              file=sys.stderr)
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: out of memory: choose another --out with a smaller --batch-size and more "
+              "--accumulate, or a smaller --model", file=sys.stderr)
     except BrokenPipeError:  # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:

@@ -886,8 +886,9 @@ def test_contradictions_with_a_run(mini, capsys, args, says):
 
 def asked(out, *lines):
     done = subprocess.run([PY, str(HERE / "cocoracle.py"), "--stage", "ask", "--out", str(out), "--device", "cpu"],
-                          input="\n".join(lines), capture_output=True, text=True, check=False, timeout=120)
-    return done.stdout.split("\n", 1)[1], done.stderr, done.returncode
+                          input="\n".join(lines).encode(errors="surrogateescape"), capture_output=True, check=False,
+                          timeout=120, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    return done.stdout.decode().split("\n", 1)[1], done.stderr.decode(), done.returncode
 
 def test_ask(mini):
     """A problem, a question in words, a swap and a set: answer and later thoughts follow as the worked sum says."""
@@ -905,7 +906,7 @@ def test_ask_refuses_in_one_line_each(mini):
     out, _, _ = mini
     wrong = ["? 0 What?", "1+2", "47+8", "hello", "swap 0 1+2", "047+085"]
     late = ["swap 9 31+22", "swap 0 312+222", "set 0 9+9=17 write 7", "set 2 1+1=2 write 2", "? 7 What?",
-            "? 0 What <act>?", "? 0 " + "why " * 99]
+            "? 0 What <act>?", "? 0 " + "1" * 28, "\udcff", "\udce2\udc82"]
     told, err, code = asked(out, *wrong, "47+85", *late)
     assert code == 2 and err.count("error: ") == len(wrong) + len(late) + 1 == err.count("\n")
     assert told.count("47+85=") == 1 and "Traceback" not in err

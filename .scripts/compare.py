@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
@@ -109,10 +109,9 @@ def main(folder, seeds, jobs, *flags):
         runs = []
         for seed in seeds:
             runs += [pool.submit(train, folder, kind, seed, flags) for kind in kinds if kind != "random"]
-        failed = [run.exception() for run in runs if run.exception()]
-        if "random" in kinds and not failed:  # these take the base of faithful runs
-            for seed in seeds:
-                train(folder, "random", seed, flags)
+        wait(runs)  # random ones take the base of faithful ones
+        runs += [pool.submit(train, folder, "random", seed, flags) for seed in seeds if "random" in kinds]
+    failed = [run.exception() for run in runs if run.exception()]
     table = summary(folder, ORDER, seeds)
     co.write_atomic(folder / "compare.json", json.dumps(table, indent=1) + "\n")
     co.write_atomic(folder / "compare.md", markdown(table))

@@ -63,4 +63,7 @@ def main(argv):
         print(f"{name:<20}{size / GB:8.2f} GB")
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except co.UserError as e:
+        sys.exit(f"error: {e}")

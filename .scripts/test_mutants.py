@@ -84,13 +84,19 @@ def test_what_is_said_of_which_vectors():
                 written.append(model.logits(hidden[0, -1]).argmax().item())
             assert len(set(written)) > 2 and said == text.show(written)
 
-def test_the_longest_problem_is_counted_in_positions():
-    """What the longest problem takes when all is text: prefix and answer, each end counted."""
+def test_the_longest_problem_is_counted_in_positions(monkeypatch):
+    """What the longest problem takes when all is text: prefix and answer, each end counted. A longer one is refused."""
     run = run_of("--digits", "3")
     problems = run.task.draw(co.rng_of(0, "longest", 3), co.TRAIN, 3, 300)
     batch = co.make_batch(run, problems, [run.task.work(problem) for problem in problems], 4)
     positions = batch.valid.sum(1) + (batch.answer_target != co.IGNORE).sum(1)
     assert co.try_out(run.task, run.text, run.cfg, True)[::2] == [4, positions.max()]
+    most, works = int(positions.max()), [run.task.work(problem) for problem in problems]
+    monkeypatch.setitem(co.SIZES, "tiny", co.Size(3, 3, 96, most))
+    co.make_batch(run, problems, works, 4)
+    monkeypatch.setitem(co.SIZES, "tiny", co.Size(3, 3, 96, most - 1))
+    with pytest.raises(co.UserError, match=f"draw: {most} positions: [(]"):
+        co.make_batch(run, problems, works, 4)
 
 def test_stages():
     """The last 1, 2, 3, 5, 7, ... slots are thoughts, at last all, and then all once more."""
@@ -244,6 +250,19 @@ def test_a_disk_too_full_for_a_first_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", mock.Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(co.UserError, match="make room"):
         co.save_last(run_of(out=tmp_path), "x", 1, torch.nn.Linear(2, 2), [])
+
+def test_a_slow_checkpoint_is_not_followed_by_the_next(tmp_path, monkeypatch):
+    """The time between checkpoints is counted from the end of the last one."""
+    now, saved = [0.0], []
+
+    def save(run, phase, step, *rest):
+        saved.append(step)
+        now[0] += 1000
+
+    monkeypatch.setattr(co, "save_last", save)
+    monkeypatch.setattr(co, "time", SimpleNamespace(time=lambda: now.append(now.pop() + 7) or now[0]))
+    train(run_of("--batch-size", 4, out=tmp_path / "run"), 20)
+    assert saved == [9, 18, 20]
 
 def test_both_halves_of_a_block_are_compiled(monkeypatch):
     """What is before attention and what is after it, for any number of rows."""
