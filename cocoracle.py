@@ -1877,7 +1877,8 @@ def ask_loop(run):
     """--stage ask: lines typed, or of a file. After a file, an error if one was not understood."""
     model, current, errors, typing = load_model(run, "coconut"), None, 0, sys.stdin.isatty()
     oracle = self_oracle(run, model)
-    sys.stdin.reconfigure(errors="replace")  # what is no UTF-8 is not understood, and that is all
+    if hasattr(sys.stdin, "reconfigure"):  # what is no UTF-8 is not understood, and that is all
+        sys.stdin.reconfigure(errors="replace")
     if typing:
         import readline  # noqa: F401  gives input() a history
         print(HELP)
