@@ -33,8 +33,8 @@ def attempt(tree, mutant, record, mini):
     known = {name for entry in tests.values() for name in entry["called"]}
     longest = max(entry["seconds"] for entry in tests.values())  # that of training
     for name, entry in sorted(tests.items(), key=lambda each: each[1]["seconds"]):
-        # what is in no function concerns every test
-        concerned = function in entry["called"] or function not in known and entry["called"]
+        # what is in no function concerns every test, and who trained it, all tests of the miniature
+        concerned = mini or function in entry["called"] or function not in known and entry["called"]
         if concerned and entry["mini"] == mini:
             limits[name] = 60 + 4 * (longest if mini else entry["seconds"])
     code, name = 0, ""

@@ -98,6 +98,11 @@ def test_the_longest_problem_is_counted_in_positions(monkeypatch):
     with pytest.raises(co.UserError, match=f"draw: {most} positions: [(]"):
         co.make_batch(run, problems, works, 4)
 
+def test_positions_end_where_the_model_ends():
+    """Text that runs away stays at the last position."""
+    model = co.new_model(run_of())
+    assert model.places(torch.zeros(1, 3, 96), 254, None).tolist() == [[254, 255, 255]]
+
 def test_stages():
     """The last 1, 2, 3, 5, 7, ... slots are thoughts, at last all, and then all once more."""
     assert co.stages_of(run_of("--digits", "2-8")) == ["0", "1", "2", "3", "5", "7", "9", "all"]
