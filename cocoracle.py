@@ -1026,12 +1026,13 @@ class Loss(NamedTuple):
 
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose steps are made orthogonal by 5 Newton-Schulz steps (Jordan
-    et al. 2024). torch.optim.Muon does the same in bfloat16 alone, which a CPU emulates: 60% of
-    tiny's step. A step is scaled by sqrt(rows / columns) where there are more rows: in GPT-2's
+    et al. 2024), in the precision of training. torch.optim.Muon does the same in bfloat16 alone,
+    which most CPUs emulate: 60% of tiny's step. A step is scaled by sqrt(rows / columns) where there are more rows: in GPT-2's
     layout, (in, out), in the MLP's second matrix. All rates were found so."""
 
-    def __init__(self, params, lr, weight_decay):
+    def __init__(self, params, lr, weight_decay, dtype):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -1054,7 +1055,7 @@ class Muon(torch.optim.Optimizer):
 
     def orthogonal(self, x):
         """Matrices (n, rows, columns) with all singular values brought near 1."""
-        x = x.bfloat16() if x.is_cuda else x
+        x = x.to(self.dtype)
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
@@ -1063,7 +1064,7 @@ class Muon(torch.optim.Optimizer):
             x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
         return x.mT if tall else x
 
-def make_optimizers(model, rates):
+def make_optimizers(run, model, rates):
     """AdamW, and Muon on the blocks' matrices where its rate is not 0."""
     matrices, rest, optimizers = [], [], []
     for name, p in model.named_parameters():
@@ -1074,7 +1075,8 @@ def make_optimizers(model, rates):
         optimizers.append(torch.optim.AdamW(
             rest, lr=rates.adam, betas=(0.9, 0.98), weight_decay=rates.decay, fused=True))
     if matrices:
-        optimizers.append(Muon(matrices, rates.muon, rates.decay))
+        dtype = getattr(torch, run.cfg.dtype)
+        optimizers.append(Muon(matrices, rates.muon, rates.decay, dtype))
     return optimizers
 
 def train_step(run, model, optimizers, phase, step, loss_of):
@@ -1142,7 +1144,7 @@ def fit(run, phase, model, steps, rates, loss_of):
 
     loss_of(step, rng) -> Loss. Its data is a function of these two.
     """
-    optimizers = make_optimizers(model, rates)
+    optimizers = make_optimizers(run, model, rates)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     first = resume(run, phase, model, optimizers)
     sums, count, seen = torch.zeros(2, device=run.cfg.device), 0, 0

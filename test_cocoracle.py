@@ -578,12 +578,15 @@ def test_lora():
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-def test_muon_equals_torch_s():
-    """Five steps of Muon on matrices of both shapes are torch.optim.Muon's, up to its bfloat16."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_equals_torch_s(dtype):
+    """Five steps of Muon on matrices of both shapes are torch.optim.Muon's, up to its bfloat16; ours is in --dtype."""
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 96), (96, 24), (24, 96))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a, b = co.Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    blocks = torch.nn.ModuleDict({"h": torch.nn.ParameterList(ours)})
+    (a,) = co.make_optimizers(run_of("--dtype", dtype), blocks, co.Rates(0, 0.02, 0.1))
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     begin = [p.detach().clone() for p in ours]
     for _ in range(5):
         for p, q in zip(ours, theirs):
@@ -592,6 +595,7 @@ def test_muon_equals_torch_s():
         a.step(), b.step()
     for p, q, old in zip(ours, theirs, begin):
         assert (p - q).norm() < 0.03 * (q - old).norm()
+    assert a.orthogonal(torch.randn(1, 4, 6)).dtype == getattr(torch, dtype)
 
 def train(run, steps=12, phase="x", loss_of=None, model=None):
     """A short fit() in run.out, with what is decided afresh in each: model, optimizers."""

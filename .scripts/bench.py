@@ -76,7 +76,7 @@ def measure(run, model, peaks, loss_of=None):
     cfg, gpu = run.cfg, run.cfg.device == "cuda"
     call = counted = partial(answers, run, model)
     if loss_of:
-        call = partial(train, run, model, co.make_optimizers(model, cfg.rates["text"]), loss_of)
+        call = partial(train, run, model, co.make_optimizers(run, model, cfg.rates["text"]), loss_of)
         counted = partial(train, run, model, [], loss_of)
     if gpu:
         torch.cuda.reset_peak_memory_stats()
