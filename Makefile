@@ -64,7 +64,8 @@ shape:
 # Lines that `make test` runs, also in the processes that it starts.
 coverage: .venv/test.ok
 	$(BIN)/python -m pip install --disable-pip-version-check -q pytest-cov==7.0.0
-	$(BIN)/python -m pytest -q --cov=cocoracle --cov=gpt2_weights --cov-report=term-missing test_cocoracle.py .scripts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --cov=cocoracle --cov=gpt2_weights \
+		--cov-report=term-missing test_cocoracle.py .scripts
 
 # From a clone, in an empty environment: `make run` (short) and `make test`.
 fresh:
