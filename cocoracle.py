@@ -1027,8 +1027,9 @@ class Loss(NamedTuple):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose steps are made orthogonal by 5 Newton-Schulz steps (Jordan
     et al. 2024), in the precision of training. torch.optim.Muon does the same in bfloat16 alone,
-    which most CPUs emulate: 60% of tiny's step. A step is scaled by sqrt(rows / columns) where there are more rows: in GPT-2's
-    layout, (in, out), in the MLP's second matrix. All rates were found so."""
+    which most CPUs emulate: 60% of tiny's step. A step is scaled by sqrt(rows / columns) where
+    there are more rows: in GPT-2's layout, (in, out), in the MLP's second matrix. All rates were
+    found so."""
 
     def __init__(self, params, lr, weight_decay, dtype):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
