@@ -1995,8 +1995,10 @@ def load_task(cfg):
         return Sums(cfg.digits)
     sys.modules.setdefault("cocoracle", sys.modules[__name__])  # a task may import this file
     try:
-        own = runpy.run_path(cfg.task)["Task"]
-        task = type("Task", (own, Defaults), {})(cfg.digits)
+        found = runpy.run_path(cfg.task)
+        if "Task" not in found:
+            raise UserError(f"--task {cfg.task}: there is no class Task, see Sums")
+        task = type("Task", (found["Task"], Defaults), {})(cfg.digits)
     except Exception as e:  # somebody's code raises anything
         told = e if isinstance(e, UserError) else f"--task {cfg.task}: {type(e).__name__}: {e}"
         raise UserError(told) from None
@@ -2025,8 +2027,11 @@ def make_folder(run):
         released_weights(run)  # refuses a wrong file before anything is written
     log_file = run.out / "log.jsonl"
     run.out.mkdir(parents=True, exist_ok=True)
-    lines = log_file.read_text() if log_file.exists() else ""
-    write_atomic(log_file, "".join(lines.rpartition("\n")[:2]))
+    with one_line(log_file, "delete it"):
+        lines = log_file.read_text() if log_file.exists() else ""
+        whole = "".join(lines.rpartition("\n")[:2])
+        [*map(json.loads, whole.splitlines())]  # page() reads them
+    write_atomic(log_file, whole)
     if run.cfg.stage != "eval":  # what is measured once more, and how, is not the run's
         write_atomic(run.out / "config.json", json.dumps(run.cfg.knobs, indent=1) + "\n")
 

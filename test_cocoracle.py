@@ -707,6 +707,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         (run.out / "results.json").write_text("{\"a\": ")
         with pytest.raises(co.UserError, match="results.json"):
             co.record(run, a=1)
+        (run.out / "log.jsonl").write_bytes(b"\xff\n")
+        with pytest.raises(co.UserError, match="log.jsonl"):
+            co.make_folder(run)
     assert co.load_last(run) == {}  # without --resume it is not looked at
     with pytest.raises(co.UserError, match="last.pt is damaged"):
         co.load_last(run._replace(cfg=dataclasses.replace(run.cfg, resume=True)))
