@@ -158,6 +158,7 @@ class Config:
     accumulate: int = flag(1, "parts of that size in a step, each of its own problems")
     train_text: int = flag(250, "stage 0, all text", low=0)
     train_mixed: int = flag(120, "stage 1; stage k takes k times as many", low=0)
+    slots_per_stage: int = flag(2, "slots that become thoughts at once, from the fourth on")
     train_latent: int = flag(2400, "the last stage once more, with its ingredients", low=0)
     train_oracle: int = flag(2300, "the fine-tuned self-oracle", low=0)
     train_lora: int = flag(450, "the LoRA oracle", low=0)
@@ -1270,7 +1271,8 @@ def coconut_loss(run, model, stage, rng, n=None):
 def stages_of(run):
     """Stages in order: text, then the last 1, 2, 3, 5, 7, ... and all slots as thoughts. "all" is
     the last of these once more, with all ingredients of the kind of thoughts."""
-    latent = sorted({1, min(2, run.slots), *range(3, run.slots, 2), run.slots})
+    later = range(3, run.slots, run.cfg.slots_per_stage)
+    latent = sorted({1, min(2, run.slots), *later, run.slots})
     return ["0", *map(str, latent), "all"]
 
 def held_out(run, most, few=False):

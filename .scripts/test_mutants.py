@@ -106,6 +106,8 @@ def test_positions_end_where_the_model_ends():
 def test_stages():
     """The last 1, 2, 3, 5, 7, ... slots are thoughts, at last all, and then all once more."""
     assert co.stages_of(run_of("--digits", "2-8")) == ["0", "1", "2", "3", "5", "7", "9", "all"]
+    one_by_one = co.stages_of(run_of("--digits", "4", "--slots-per-stage", 1))
+    assert one_by_one == ["0", "1", "2", "3", "4", "5", "all"]
     assert co.stages_of(run_of("--digits", 2)) == ["0", "1", "2", "3", "all"]
 
 def test_tokens_before_the_answer(monkeypatch):
