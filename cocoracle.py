@@ -296,9 +296,7 @@ class Sums:
 
     def spell(self, steps):
         """The answer that steps spell."""
-        *inner, final = steps
-        digits = "".join(str(step.digit) for step in reversed(inner))
-        return "1" * final.digit + digits
+        return "".join(str(step.digit) for step in reversed(steps)).removeprefix("0")
 
     def fields(self, step):
         """Values of FIELDS; None for steps that figures leave out: a final carry has two forms."""
@@ -375,10 +373,10 @@ class Text:
             self.held_out[family] = asked.pop(len(asked) // 2)
             self.trained[family] = asked
         self.ranks = ranks or self.own_ranks(task)
-        special = {name: len(self.ranks) + i for i, name in enumerate(RESERVED)}
+        self.special = {name: len(self.ranks) + i for i, name in enumerate(RESERVED)}
         self.enc = tiktoken.Encoding("cocoracle", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
-                                     special_tokens=special)
-        self.eos, self.bot, self.sep, self.eot, self.act = special.values()
+                                     special_tokens=self.special)
+        self.eos, self.bot, self.sep, self.eot, self.act = self.special.values()
         self.n_vocab = self.enc.n_vocab
         self.ids = lru_cache(maxsize=4096)(self.tokenize)
         self.longest = 0  # tokens of a problem, step or answer: see try_out()
@@ -1016,9 +1014,8 @@ def save_model(run, name, model):
         base = str(run.out / "base")
         gpt2_weights.save_adapter(out, adapter_of(model), LORA_RANK, 2 * LORA_RANK, base)
     else:
-        special = {token: text.ids(token)[0] for token in RESERVED}
         gpt2_weights.save_model(out, model.state_dict(), cfg.size.heads, text.ranks, text.PATTERN,
-                                special)
+                                text.special)
 
 class Loss(NamedTuple):
     total: torch.Tensor  # what is trained on
@@ -1170,17 +1167,15 @@ def load_json(path):
     with one_line(path, "restore it, or choose another --out"):
         return {**json.loads(path.read_text())} if path.exists() else {}
 
-def record(run, **sections):
-    """Put sections into results.json, in place of those of the same name -> all of it."""
-    results = load_json(run.out / "results.json") | sections
+def record(run, *place, **entries):
+    """Put entries into results.json, or at a place in it, `"coconut", "stages", "0"`: instead of
+    those of the same name, beside the others -> all of it."""
+    results = section = load_json(run.out / "results.json")
+    for name in place:
+        section = section.setdefault(name, {})
+    section.update(entries)
     write_atomic(run.out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
-
-def record_stage(run, stage, scores, **others):
-    """Put what is measured of a stage of the coconut into its section, beside the other stages'."""
-    stages = load_json(run.out / "results.json").get("coconut", {}).get("stages", {})
-    stages[stage] = stages.get(stage, {}) | scores
-    return record(run, coconut={"stages": stages, **others})
 
 def wilson(p, n):
     """A share p of n -> a rate, with its Wilson 95% interval (1927)."""
@@ -1330,7 +1325,7 @@ def train_coconut(run):
     stages = stages_of(run)
     for stage in stages[stages.index(reached) if reached in stages else 0:]:
         if stage != reached:
-            record_stage(run, stage, {"at_switch": stage_scores(run, model, stage, few=True)})
+            record(run, "coconut", "stages", stage, at_switch=stage_scores(run, model, stage, True))
         named = {"0": ("text", cfg.train_text), "all": ("last", cfg.train_latent)}
         recipe, steps = named[stage] if stage in named else ("mixed", cfg.train_mixed * int(stage))
 
@@ -1343,7 +1338,7 @@ def train_coconut(run):
             save_model(run, "base", model)
         scores = stage_scores(run, model, stage)
         print(f"coconut {stage:<3} | held-out exact match {show_rate(scores)}", flush=True)
-        record_stage(run, stage, scores)
+        record(run, "coconut", "stages", stage, **scores)
     save_model(run, "coconut", model)
 
 # --------------------------------------------------------------------------------------------------
@@ -1548,11 +1543,9 @@ def probe_scores(run, white, known):
 
 def majority(run, size):
     """The most frequent training step of each slot, in words."""
-    seen = defaultdict(Counter)
-    for problem in run.task.draw(rng_of(run.cfg.seed, "majority", size), TRAIN, size, 5000):
-        for slot, step in enumerate(run.task.work(problem)):
-            seen[slot][run.task.say(step)] += 1
-    return [seen[slot].most_common(1)[0][0] for slot in sorted(seen)]
+    problems = run.task.draw(rng_of(run.cfg.seed, "majority", size), TRAIN, size, 5000)
+    slots = zip(*work_all(run.task, problems))
+    return [Counter(map(run.task.say, steps)).most_common(1)[0][0] for steps in slots]
 
 def control_scores(run, oracle, known):
     """The same question with no thought, with noise, with another problem's thought of the same
@@ -1570,30 +1563,29 @@ def control_scores(run, oracle, known):
     return {name: step_scores(run.task, words, steps) for name, words in said.items()}
 
 def donations(run, tests, test, slot, rng):
-    """Who gives thoughts to the problems of a test, in this slot -> [(figure, donors), ...].
+    """Who gives thoughts to the problems of a test, in this slot: (figure, donors), one by one.
 
     iia: the row before. Never trained: iia_two, iia_three, so many slots from as many donors, and
     iia_size, donors of another size. iia_same: training problems whose step there is the own one,
     word for word (where there is none, the problem itself, which does not count).
     """
-    task, problems, donors, found = run.task, test.problems, {}, []
+    task, problems, donors = run.task, test.problems, {}
     others = [other for other in rng.permutation(len(test.thoughts)).tolist() if other != slot]
     for name, added in zip(("iia", "iia_two", "iia_three"), (slot, *others)):
         donors = {**donors, added: rows_before(problems, len(donors) + 1)}
-        found.append((name, donors))
+        yield name, donors
     size, final = task.size(problems[0]), task.fields(test.works[0][slot]) is None
     for other in tests:
         if task.size(other.problems[0]) != size and slot < len(other.thoughts):
             if (task.fields(other.works[0][slot]) is None) == final:
                 many = other.problems * math.ceil(len(problems) / len(other.problems))
-                found.append(("iia_size", {slot: many[:len(problems)]}))
+                yield "iia_size", {slot: many[:len(problems)]}
                 break
     having = defaultdict(list)
     for problem in task.draw(rng, TRAIN, size, 5000):
         having[task.say(task.work(problem)[slot])].append(problem)
     same = [having[task.say(steps[slot])] or [own] for own, steps in zip(problems, test.works)]
-    found.append(("iia_same", {slot: [each[rng.integers(len(each))] for each in same]}))
-    return found
+    yield "iia_same", {slot: [each[rng.integers(len(each))] for each in same]}
 
 def follow(run, oracle, test, slot, patched, hits, by_slot):
     """With one slot given by another problem: where the answer should be another, and where later
@@ -1704,8 +1696,9 @@ def evaluate(run):
         if run.task.FIELDS:
             sections["probes"] = probe_scores(run, white, known)
     sections["examples"] = examples(run, coconut, oracle, tests)
-    record_stage(run, "all", scores, by_digits=scores["by_digits"], text_after=text,
-                 teacher_forced=rate(forced(run, coconut, tests)))
+    record(run, "coconut", "stages", "all", **scores)
+    record(run, "coconut", by_digits=scores["by_digits"], text_after=text,
+           teacher_forced=rate(forced(run, coconut, tests)))
     record(run, **sections)
 
 # --------------------------------------------------------------------------------------------------
@@ -1836,19 +1829,6 @@ def typed(run, line):
                         f"knows ({', '.join(map(str, run.cfg.digits))})")
     return problem
 
-def donor_of(run, verb, slot, words, current):
-    """The problem whose thought is given: the one typed, or one found to have the step."""
-    task, size = run.task, run.task.size(current)
-    if verb == "swap":
-        found = [typed(run, words)]
-    else:
-        found = [problem for problem in task.draw(np.random.default_rng(), TRAIN, size, 20000)
-                 if task.say(task.work(problem)[slot]) == words]
-    if not run.exchanges or not found or task.size(found[0]) != size:
-        raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of {task.text(current)}: "
-                        "it must be of a problem of that size")
-    return found[0]
-
 def show_chain(run, model, oracle, current, donors):
     """A problem in thoughts, beside the hand-worked one."""
     (view,) = in_words(run, oracle, solve(run, model, [current], donors), donors)
@@ -1860,12 +1840,12 @@ def show_chain(run, model, oracle, current, donors):
 
 def respond(run, model, oracle, line, current):
     """Do what a line asks for, about the current problem -> the current problem from then on."""
-    command = re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
+    task, command = run.task, re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
     if not command:
         current, donors = typed(run, line), {}
     else:
         verb, slot, words = command[1], int(command[2]), command[3]
-        if current is None or slot >= len(run.task.work(current)):
+        if current is None or slot >= len(task.work(current)):
             raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
         if verb == "?":
             most = run.cfg.size.positions // 8 - 5  # consult() puts "Layer 24:" there, too
@@ -1874,7 +1854,16 @@ def respond(run, model, oracle, line, current):
             _, thoughts = think_through(run, model, [current])
             print(*ask(run, oracle, thoughts[slot].reading, words), flush=True)
             return current
-        donors = {slot: [donor_of(run, verb, slot, words, current)]}
+        size = task.size(current)
+        if verb == "swap":
+            found = [typed(run, words)]
+        else:  # one found to have the step
+            found = [problem for problem in task.draw(np.random.default_rng(), TRAIN, size, 20000)
+                     if task.say(task.work(problem)[slot]) == words]
+        if not run.exchanges or not found or task.size(found[0]) != size:
+            raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of "
+                            f"{task.text(current)}: it must be of a problem of that size")
+        donors = {slot: found[:1]}
     show_chain(run, model, oracle, current, donors)
     return current
 
@@ -2055,10 +2044,9 @@ def main(argv=None):
             before = state["seconds"] if state.get("phase", "").startswith(part) else 0.0
             run = run._replace(start=time.time() - before)
             work(run)
-            seconds = load_json(run.out / "results.json").get("seconds", {})
-            seconds[part] = time.time() - run.start
-            seconds["total"] = sum(seconds[name] for name in PARTS if name in seconds)
-            results = record(run, seconds=seconds)
+            seconds = record(run, "seconds", **{part: time.time() - run.start})["seconds"]
+            total = sum(seconds[name] for name in PARTS if name in seconds)
+            results = record(run, "seconds", total=total)
     if part == "eval":
         write_atomic(run.out / "report.html", page(run, results))
         print(f"{tables(results)}\n\n{headline(results)}\n{results['seconds']['total']:.0f} s in "
