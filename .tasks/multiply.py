@@ -3,24 +3,25 @@
 A step is digit times digit, plus what stands there, plus the carry: `7*4+3+2=33 write 3 carry 3`.
 The last one of a row writes its carry. A given step's digit and carry are taken as they stand."""
 
-import re
-
 import cocoracle as co
 
 class Task(co.Sums):
     FIELDS = {"a": 10, "b": 10, "stands": 10, "carry": 10, "digit": 10}
 
-    def __init__(self, sizes):
-        if max(sizes) > 5:
-            raise co.UserError("--digits takes 1 to 5 digits, as `2` or `2,3`")
+    def draw(self, rng, split, size, n):
+        """Problems (a, b, c), a * b + c. Half of the training batches add a c of that size: there
+        are few pairs of 2 digits, and they would be learnt by heart. Held-out pairs: c is 0."""
+        adds, pairs = split == co.TRAIN and rng.random() < 0.5, super().draw(rng, split, size, n)
+        low, high = (10 ** (size - 1), 10**size) if adds else (0, 1)
+        return [(a, b, c) for (a, b), c in zip(pairs, rng.integers(low, high, n).tolist())]
 
     def text(self, problem):
-        return "{}*{}=".format(*problem)
+        return "{}*{}+{}=".format(*problem).replace("+0=", "=")
 
     def work(self, problem, given={}):
         """Steps (a, b, what stands there, carry in, digit written, carry out)."""
-        a, b = [[int(digit) for digit in reversed(str(x))] for x in problem]
-        row, steps = [0] * 2 * len(a), []
+        a, b, c = [[int(digit) for digit in reversed(str(x))] for x in problem]
+        row, steps = c + [0] * (2 * len(a) - len(c)), []
         for i, y in enumerate(b):
             carry = 0
             for j, x in enumerate([*a, None]):
@@ -38,7 +39,7 @@ class Task(co.Sums):
         return f"{a}*{b}+{stands}+{carry}={total} write {digit} carry {carry_out}"
 
     def spell(self, steps):
-        size = next(n for n in range(1, 6) if n * (n + 1) == len(steps))
+        size = next(n for n in range(2, 9) if n * (n + 1) == len(steps))
         row = [0] * 2 * size
         for number, step in enumerate(steps):
             row[number // (size + 1) + number % (size + 1)] = step[4]
@@ -54,5 +55,5 @@ class Task(co.Sums):
         return {"result": said.partition(" write ")[2]}
 
     def typed(self, line):
-        found = re.fullmatch(r"([1-9]\d{0,9}) *\* *([1-9]\d{0,9})", line, re.ASCII)
-        return (int(found[1]), int(found[2])) if found and len(found[1]) == len(found[2]) else None
+        pair = super().typed(line.translate(str.maketrans("*+", "+*")))
+        return pair and (*pair, 0)
