@@ -1543,9 +1543,11 @@ def probe_scores(run, white, known):
 
 def majority(run, size):
     """The most frequent training step of each slot, in words."""
-    problems = run.task.draw(rng_of(run.cfg.seed, "majority", size), TRAIN, size, 5000)
-    slots = zip(*work_all(run.task, problems))
-    return [Counter(map(run.task.say, steps)).most_common(1)[0][0] for steps in slots]
+    seen = defaultdict(Counter)
+    for problem in run.task.draw(rng_of(run.cfg.seed, "majority", size), TRAIN, size, 5000):
+        for slot, step in enumerate(run.task.work(problem)):
+            seen[slot][run.task.say(step)] += 1
+    return [seen[slot].most_common(1)[0][0] for slot in sorted(seen)]
 
 def control_scores(run, oracle, known):
     """The same question with no thought, with noise, with another problem's thought of the same

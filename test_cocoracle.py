@@ -398,10 +398,10 @@ BAD = [  # arguments, and what the one line on stderr must name
     ("--train-text -1", "--train-text"), ("--train-mixed x", "--train-mixed"), ("--train-latent nan", "--train-latent"),
     ("--train-oracle -5", "--train-oracle"), ("--train-lora ,", "--train-lora"),
     ("--train-probes 1e3", "--train-probes"), ("--eval-problems 0", "--eval-problems"), ("--split train", "--split"),
-    ("--no-such-flag", "--no-such-flag"), ("stray", "stray"), ("--resume", "no run"), ("--slots-per-stage 0", "--slots"),
+    ("--no-such-flag", "--no-such-flag"), ("--resume", "no run"), ("--slots-per-stage 0", "--slots"),
     ("--task nowhere.py", "nowhere.py"), ("--stage probes", "coconut"), ("--stage lora", "coconut"),
     ("--stage eval", "coconut"), ("--stage ask", "coconut"), ("--stage oracle", "--thoughts"),
-    ("--stage lora --thoughts none", "none"), ("--stage ask --thoughts none", "none")]
+    ("--stage lora --thoughts none", "none"), ("--stage ask --thoughts none", "none"), ("stray", "stray")]
 if not torch.cuda.is_available():
     BAD.append(("--device cuda", "no GPU"))
 
