@@ -138,8 +138,8 @@ class Config:
     stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
     model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))
-    init: str = flag("auto", "auto: GPT-2's released weights, if it is one of its sizes",
-                     ("auto", "pretrained", "scratch"))
+    init: str = flag("auto", "auto: GPT-2's released weights, for models of its sizes",
+                     ("auto", "scratch"))
     weights: str = flag("", "folder with GPT-2's released files (else fetched, and cached)")
     out: str = flag("", "folder of the run (default runs/MODEL)")
     resume: bool = flag(False, "go on with the run in --out")
@@ -173,7 +173,7 @@ class Config:
 
     @property
     def pretrained(self):
-        return self.init == "pretrained" or self.init == "auto" and self.model in gpt2_weights.SIZES
+        return self.init == "auto" and self.model in gpt2_weights.SIZES
 
     @property
     def size(self):
@@ -402,14 +402,16 @@ def fit_classes(fields, classes):
     return fields is None or [*fields] == [*classes] and all(
         fields[name] in range(classes[name]) for name in classes)
 
-def try_out(task, text, cfg, exchanges):
+def try_out(task, text, cfg):
     """Work some problems of each size, so that a mistake in a task of your own costs one line, and
-    no training -> most steps of a problem; tokens of the longest problem, step or answer, where
-    greedy writing gives up; of the longest whole. Raises UserError with the method and problem."""
-    sizes = []
+    no training -> whether a step can be given; most steps of a problem; tokens of the longest
+    problem, step or answer, where greedy writing gives up; of the longest whole. Raises UserError
+    with the method and problem."""
+    found = []
     for size in cfg.digits:
         problem = f"of size {size}"
         try:
+            exchanges = "given" in inspect.signature(task.work).parameters
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             tests = task.draw(rng_of(0, "held out"), cfg.split, size, 4)
             if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
@@ -437,14 +439,15 @@ def try_out(task, text, cfg, exchanges):
                         raise UserError(rule)
                 left += not all(map(task.never_read, steps))
                 lengths = [len(part) for part in ids]
-                sizes.append((len(steps), max(lengths), sum(lengths) + len(lengths)))
+                total = sum(lengths) + len(lengths)
+                found.append((exchanges, len(steps), max(lengths), total))
             if not left:
                 raise UserError(f"never_read: leaves nothing to read in size {size}")
         except Exception as e:  # somebody's code raises anything
             method = traceback.extract_tb(e.__traceback__)[-1].name
             told = e if isinstance(e, UserError) else f"{method}: {type(e).__name__}: {e!s:.200}"
             raise UserError(f"the task's {told}: problem {problem!r:.80}") from None
-    return [max(column) for column in zip(*sizes)]
+    return [max(column) for column in zip(*found)]
 
 class Run(NamedTuple):
     """What everything needs. Weights and figures live in the folder."""
@@ -1679,10 +1682,8 @@ def evaluate(run):
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
     scores, oracle = stage_scores(run, coconut), None  # after these, for its seconds: warm
     text = stage_scores(run, coconut, "0")
-    sections = {
-        "cost": {name: {"tokens": stage["tokens"], "seconds": stage["seconds"]}
-                 for name, stage in (("text", text), ("thoughts", scores))},
-        "config": run.cfg.knobs, "env": environment(run.cfg)}
+    sections = {"cost": {"text": text, "thoughts": scores},
+                "config": run.cfg.knobs, "env": environment(run.cfg)}
     if kind.thoughts:
         oracle = self_oracle(run, coconut)
         white = whitener_of(run, coconut)
@@ -1967,9 +1968,8 @@ def check(cfg):
     needed = {"all": [], "coconut": [], "eval": parts[:-1], "ask": {"coconut", "oracle"} & {*parts}}
     missing = [part for part in needed.get(stage, ["coconut"]) if part not in done]
     for refused, why in (
-        (cfg.model not in gpt2_weights.SIZES and (cfg.pretrained or cfg.weights),
-         f"--model {cfg.model} has no released weights: choose --model gpt2, or --init scratch"),
-        (cfg.weights and not cfg.pretrained, "--weights and --init scratch: choose one of the two"),
+        (cfg.weights and not cfg.pretrained,
+         "--weights is for --model gpt2 or a larger one, and not for --init scratch"),
         (cfg.device == "cuda" and not torch.cuda.is_available(),
          "--device cuda: torch finds no GPU: use --device cpu"),
         (cfg.resume and not started,
@@ -1991,14 +1991,10 @@ def load_task(cfg):
         found = runpy.run_path(cfg.task)
         if "Task" not in found:
             raise UserError(f"--task {cfg.task}: there is no class Task, see Sums")
-        task = type("Task", (found["Task"], Defaults), {})(cfg.digits)
+        return type("Task", (found["Task"], Defaults), {})(cfg.digits)
     except Exception as e:  # somebody's code raises anything
         told = e if isinstance(e, UserError) else f"--task {cfg.task}: {type(e).__name__}: {e}"
         raise UserError(told) from None
-    for name in ("draw", "size", "text", "work", "say", "spell"):
-        if not hasattr(task, name):
-            raise UserError(f"--task {cfg.task}: class Task has no {name}, see Sums")
-    return task
 
 def open_run(cfg):
     """The run's task and vocabulary -> Run. Nothing is written. Raises UserError."""
@@ -2007,8 +2003,7 @@ def open_run(cfg):
     if cfg.pretrained:
         ranks = gpt2_weights.read_bpe(released(cfg, gpt2_weights.BPE_FILES))
     text = Text(task, ranks)
-    exchanges = "given" in inspect.signature(task.work).parameters
-    slots, text.longest, total = try_out(task, text, cfg, exchanges)
+    exchanges, slots, text.longest, total = try_out(task, text, cfg)
     if total > cfg.size.positions:
         raise UserError(f"--digits {max(cfg.digits)}: a problem takes {total} tokens, "
                         f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")

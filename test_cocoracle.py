@@ -387,7 +387,7 @@ def test_exchange_trains_the_sum_worked_with_the_given_column(monkeypatch):
 
 BAD = [  # arguments, and what the one line on stderr must name
     ("--stage everything", "--stage"), ("--stage", "--stage"), ("--model gpt5", "--model"), ("--init no", "--init"),
-    ("--model tiny --init pretrained", "--model gpt2"), ("--weights there", "--model gpt2"),
+    ("--init pretrained", "--init"), ("--weights there", "--model gpt2"),
     ("--model gpt2 --weights there", "there"), ("--seed -1", "--seed"), ("--seed one", "--seed"),
     ("--seed 9223372036854775808", "--seed"), ("--device tpu", "--device"), ("--dtype float16", "--dtype"),
     ("--compile yes", "yes"), ("--resume maybe", "maybe"), ("--digits 0", "--digits"), ("--digits abc", "--digits"),

@@ -385,7 +385,7 @@ def test_a_task_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("good, bad, says", [
     ("__init__(self, sizes): pass", "__init__(self, sizes): 1 / 0", "ZeroDivisionError"),
-    ("class Task", "class Other", "no class Task"), ("def spell", "def spelt", "has no spell"),
+    ("class Task", "class Other", "no class Task"), ("def spell", "def spelt", "no attribute .spell"),
     ("return str(steps", "return str(step", "spell: NameError.* problem 8"),
     ("for slot in range(3)", "for slot in range(problem)", "work: 9 steps, of others of its size 8: problem 9"),
     ("given.get(slot, max(left, 0))", "max(left, 0)", "work: a given step .*problem 9"),
