@@ -46,6 +46,10 @@ bench: .venv/run.ok
 memory: .venv/run.ok
 	$(BIN)/python .scripts/memory.py $(ARGS)
 
+# A stand-in for released weights: a GPT-2 with the real BPE that knows some English. `make standin ARGS="make DIR 30"`
+standin: .venv/test.ok
+	$(BIN)/python .scripts/standin.py $(ARGS)
+
 # The published checkpoints of syvb/cocoracle by their own protocol.
 seed: .venv/run.ok
 	$(BIN)/python .scripts/seed.py $(COCONUT) $(ORACLE) $(ARGS)
@@ -87,4 +91,4 @@ clean:
 
 export KINDS ?= faithful explained plain bottleneck pause none random
 
-.PHONY: run test parity torture mutants compare cards sizes bench memory seed gpu shape coverage fresh clean
+.PHONY: run test parity torture mutants compare cards sizes bench memory standin seed gpu shape coverage fresh clean

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +233,25 @@ def test_the_gpu_script_records_a_miss_and_goes_on(monkeypatch, tmp_path):
     (tmp_path / "all/gpt2/config.json").mkdir(parents=True)
     assert gpu.main(tmp_path / "all", 100) == 1 and gpu.main(tmp_path / "all", 5) == 1
     assert commands[4:] == ["gpt2-large", "--resume", str(tmp_path / "all/gpt2-large")]
+
+def test_a_stand_in_for_released_weights(tmp_path, monkeypatch):
+    """It has learnt something, is taken up as released weights are, and is trained with the rates that were asked for."""
+    script = module_of(".scripts/standin.py")
+    for name, value in {"LAYERS": 2, "HEADS": 1, "WIDTH": 32, "POSITIONS": 128, "BATCH": 2}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "time", SimpleNamespace(time=itertools.count().__next__))  # a step takes a second
+    assert script.make(tmp_path / "weights", 0.5, most=2e5) < math.log(50257) - 0.5
+    flags = ["--model", "gpt2", "--weights", str(tmp_path / "weights"), "--device", "cpu", "--digits", "2"]
+    run = run_of(*flags)
+    weights = co.read_safetensors(tmp_path / "weights/model.safetensors", co.shapes_of(run, 50257))
+    assert run.cfg.size == (2, 1, 32, 128) and run.cfg.rates["last"].muon == 0
+    assert torch.equal(co.released_weights(run)["wte.weight"][:50257], weights["wte.weight"])
+    used = []
+    monkeypatch.setattr(co, "FINE_TUNED", None)  # put back afterwards
+    monkeypatch.setattr(co, "train_coconut", lambda run: used.append(run.cfg.rates))
+    monkeypatch.setitem(co.PARTS, "coconut", (co.train_coconut, "coconut/model.safetensors"))
+    args = [*flags, "--stage", "coconut", "--out", str(tmp_path / "run")]
+    assert script.scratch(args) == 0 and used[0]["last"].muon == 0.01
 
 def test_the_model_card_thinks(mini, capsys, monkeypatch):
     """The Python of coconut's README.md, plain transformers, gives the answer that it says, and other problems' too."""
