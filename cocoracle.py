@@ -1682,8 +1682,10 @@ def evaluate(run):
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
     scores, oracle = stage_scores(run, coconut), None  # after these, for its seconds: warm
     text = stage_scores(run, coconut, "0")
-    sections = {"cost": {"text": text, "thoughts": scores},
-                "config": run.cfg.knobs, "env": environment(run.cfg)}
+    sections = {
+        "cost": {name: {"tokens": stage["tokens"], "seconds": stage["seconds"]}
+                 for name, stage in (("text", text), ("thoughts", scores))},
+        "config": run.cfg.knobs, "env": environment(run.cfg)}
     if kind.thoughts:
         oracle = self_oracle(run, coconut)
         white = whitener_of(run, coconut)

@@ -103,7 +103,19 @@ def scratch(argv):
                      for phase, rates in co.FROM_SCRATCH.items()}
     return co.command_line(argv)
 
+def main(argv):
+    """-> the exit code. A mistake is told in one line."""
+    try:
+        if argv[:1] == ["scratch"]:
+            return scratch(argv[1:])
+        _, out, minutes = argv if argv[:1] == ["make"] else ()
+        make(Path(out), float(minutes))
+        return 0
+    except FileExistsError as e:
+        print(f"error: {e.filename} is there already: choose another folder", file=sys.stderr)
+    except (ValueError, co.UserError) as e:
+        print(f"error: {e}: standin.py make DIR MINUTES, or scratch FLAGS", file=sys.stderr)
+    return 2
+
 if __name__ == "__main__":
-    if sys.argv[1] == "scratch":
-        sys.exit(scratch(sys.argv[2:]))
-    make(Path(sys.argv[2]), float(sys.argv[3]))
+    sys.exit(main(sys.argv[1:]))

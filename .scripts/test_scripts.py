@@ -251,7 +251,8 @@ def test_a_stand_in_for_released_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(co, "train_coconut", lambda run: used.append(run.cfg.rates))
     monkeypatch.setitem(co.PARTS, "coconut", (co.train_coconut, "coconut/model.safetensors"))
     args = [*flags, "--stage", "coconut", "--out", str(tmp_path / "run")]
-    assert script.scratch(args) == 0 and used[0]["last"].muon == 0.01
+    assert script.main(["make", str(tmp_path / "weights"), "1"]) == script.main(["make"]) == script.main([]) == 2
+    assert script.main(["scratch", *args]) == 0 and used[0]["last"].muon == 0.01
 
 def test_the_model_card_thinks(mini, capsys, monkeypatch):
     """The Python of coconut's README.md, plain transformers, gives the answer that it says, and other problems' too."""
