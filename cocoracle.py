@@ -109,8 +109,8 @@ class Rates(NamedTuple):
     decay: float
 
 # By phase, for width 96: AdamW's rates go with 1 / width, Muon's are the same for all (its steps
-# are orthogonal). So much decay in the last stage leaves more in a plain thought to read (0.7 for
-# 0.53).
+# are orthogonal), and steps in thoughts go with 1 / sqrt(width). So much decay in the last stage
+# leaves more in a plain thought to read (0.7 for 0.53).
 FROM_SCRATCH = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
                 "last": Rates(3e-3, 0.01, 0.3)}
 # Rates, steps and batch for released weights: from the field (Coconut), untried by us.
@@ -134,7 +134,8 @@ def flag(default, help, choices=None, low=1):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob (for released weights: RELEASED). The command line is made of these fields."""
+    """Every knob. The command line is made of these fields. Other defaults: RELEASED, and fewer
+    steps for larger models (parse)."""
     stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
     model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))
@@ -1942,8 +1943,9 @@ def parse(argv):
                             f"{value}: leave it out, or choose another --out")
     known = {**saved, **flags, "out": out}
     cfg = Config(**known)
-    if cfg.pretrained:
-        cfg = Config(**{**RELEASED, **known})
+    fewer = math.sqrt(SIZES["tiny"].width / SIZES[cfg.model].width)
+    steps = {name: round(fewer * getattr(cfg, name)) for name in ("train_mixed", "train_latent")}
+    cfg = Config(**{**(RELEASED if cfg.pretrained else steps), **known})
     for field in dataclasses.fields(Config):
         value, most = getattr(cfg, field.name), 1 if field.type is float else 2**31
         if field.type in (int, float) and not field.metadata["low"] <= value <= most:
