@@ -191,7 +191,7 @@ class Config:
     @property
     def knobs(self):
         """What config.json and results.json hold: all but how this process was started."""
-        session = ("stage", "out", "resume", "device", "dtype", "compile")
+        session = ("stage", "out", "resume", "device", "compile")
         knobs = dataclasses.asdict(self)
         return {name: value for name, value in knobs.items() if name not in session}
 
@@ -931,7 +931,7 @@ def draw_questions(run, rng, families, problems, works, low=0):
     rows, slots = readable(run.task, rng, works, low)
     questions, targets = [], []
     for n, (family, row) in enumerate(zip(drawn.tolist(), rows)):
-        if family in WHOLE and run.task.never_read(works[row][-1]):
+        if family in WHOLE and any(map(run.task.never_read, works[row])):
             family = "step"
         elif family in WHOLE:
             slots[n] = len(works[row]) - 1
@@ -1064,7 +1064,8 @@ class Muon(torch.optim.Optimizer):
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
         for _ in range(5):
             gram = x @ x.mT
-            x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+            inner = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+            x = torch.baddbmm(x, inner, x, beta=3.4445)
         return x.mT if tall else x
 
 def make_optimizers(run, model, rates):
@@ -1675,7 +1676,7 @@ def environment(cfg):
     device = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True, check=False).stdout.strip()
-    return {"torch": torch.__version__, "device": device, "dtype": cfg.dtype, "git": git}
+    return {"torch": torch.__version__, "device": device, "git": git}
 
 def evaluate(run):
     """Everything that is measured on held-out problems -> results.json."""
@@ -1738,7 +1739,8 @@ def figures(section, name=""):
     """Every rate in a section of results.json -> [(name, rate), ...]."""
     found = []
     if "exact" in section:
-        found.append((name, section))
+        validation = ", validation" * (section.get("split") == VALIDATION)
+        found.append((name + validation, section))
     if "exact_no_final" in section:
         without = wilson(section["exact_no_final"], section["n_no_final"])
         found.append((f"{name}, no final slot", without))
@@ -1835,48 +1837,49 @@ def typed(run, line):
                         f"knows ({', '.join(map(str, run.cfg.digits))})")
     return problem
 
-def show_chain(run, model, oracle, current, donors):
+def show_chain(run, model, oracle, problem, donors):
     """A problem in thoughts, beside the hand-worked one."""
-    (view,) = in_words(run, oracle, solve(run, model, [current], donors), donors)
+    (view,) = in_words(run, oracle, solve(run, model, [problem], donors), donors)
     wrong = "" if view["answer"] == view["spelled"] else f"   ! by hand {view['spelled']}"
     print(f"{view['problem']}{view['answer']}{wrong}\nslot  {'worked by hand':<26}the thought says")
     for slot, (step, said) in enumerate(zip(view["steps"], view["said"])):
         note = f"   <- of {view['donors'][slot]}" if slot in donors else ""
         print(f"{slot:<6}{step:<24}  {said}{'   !' * (step != said)}{note}", flush=True)
 
-def respond(run, model, oracle, line, current):
-    """Do what a line asks for, about the current problem -> the current problem from then on."""
+def respond(run, model, oracle, line, problem, donors):
+    """Do what a line asks for, about the current problem, some of whose thoughts donors give
+    -> these two from then on."""
     task, command = run.task, re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
     if not command:
-        current, donors = typed(run, line), {}
+        problem, donors = typed(run, line), {}
     else:
         verb, slot, words = command[1], int(command[2]), command[3]
-        if current is None or slot >= len(task.work(current)):
+        if problem is None or slot >= len(task.work(problem)):
             raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
         if verb == "?":
             most = run.cfg.size.positions // 8 - 5  # consult() puts "Layer 24:" there, too
             if any(token in words for token in RESERVED) or len(run.text.ids(words)) > most:
                 raise UserError(f"ask in at most {most} tokens, none of them special")
-            _, thoughts = think_through(run, model, [current])
+            thoughts = solve(run, model, [problem], donors).thoughts
             print(*ask(run, oracle, thoughts[slot].reading, words), flush=True)
-            return current
-        size = task.size(current)
+            return problem, donors
+        size = task.size(problem)
         if verb == "swap":
             found = [typed(run, words)]
         else:  # one found to have the step
-            found = [problem for problem in task.draw(np.random.default_rng(), TRAIN, size, 20000)
-                     if task.say(task.work(problem)[slot]) == words]
+            drawn = task.draw(rng_of(run.cfg.seed, "set"), TRAIN, size, 20000)
+            found = [other for other in drawn if task.say(task.work(other)[slot]) == words]
         if not run.exchanges or not found or task.size(found[0]) != size:
             raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of "
-                            f"{task.text(current)}: it must be of a problem of that size")
+                            f"{task.text(problem)}: it must be of a problem of that size")
         donors = {slot: found[:1]}
-    show_chain(run, model, oracle, current, donors)
-    return current
+    show_chain(run, model, oracle, problem, donors)
+    return problem, donors
 
 def ask_loop(run):
     """--stage ask: lines typed, or of a file. After a file, an error if one was not understood."""
-    model, current, errors, typing = load_model(run, "coconut"), None, 0, sys.stdin.isatty()
-    oracle = self_oracle(run, model)
+    model, errors, typing = load_model(run, "coconut"), 0, sys.stdin.isatty()
+    oracle, current = self_oracle(run, model), (None, {})
     if hasattr(sys.stdin, "reconfigure"):  # what is no UTF-8 is not understood, and that is all
         sys.stdin.reconfigure(errors="replace")
     if typing:
@@ -1885,7 +1888,7 @@ def ask_loop(run):
     while True:
         try:
             line = input("> " * typing).strip()
-            current = respond(run, model, oracle, line, current) if line else current
+            current = respond(run, model, oracle, line, *current) if line else current
         except EOFError:
             break
         except UserError as e:
@@ -1903,6 +1906,7 @@ PARTS = {  # name: what does it, and the file whose presence says that it is don
     "oracle": (train_oracle, "oracle/model.safetensors"),
     "lora": (lambda run: train_oracle(run, "lora"), "lora/adapter_model.safetensors"),
     "eval": (evaluate, "report.html")}
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}: see --help")
@@ -1937,7 +1941,7 @@ def parse(argv):
     with one_line(f"{out}/config.json", "choose another --out"):
         saved = vars(parser.parse_args(told))
     for name, value in saved.items():
-        free = ("weights", "eval_problems", "split") if stage == "eval" else ("weights",)
+        free = ("weights", "dtype", *["eval_problems", "split"] * (stage == "eval"))
         if name not in free and flags.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")

@@ -903,8 +903,8 @@ def test_ask(mini):
     """A problem, a question in words, a swap and a set: answer and later thoughts follow as the worked sum says."""
     out, _, _ = mini
     told, err, code = asked(out, "47 + 85", "? 0 What is the slot of this step?", "swap 0 31+22",
-                            "set 0 9+9=18 write 8 carry 1")
-    assert code == 0 and err == ""
+                            "set 0 9+9=18 write 8 carry 1", f"? 0 {co.load(out)[0].text.held_out['step']}")
+    assert code == 0 and err == "" and told.endswith("\n9+9=18 write 8 carry 1\n")  # asked what was given
     own, swapped, put_in = told.split("47+85=")[1:4]
     assert own.startswith("132") and "0     7+5=12 write 2 carry 1" in own and "\n0\n" in own
     assert swapped.startswith("123") and "<- of 31+22=" in swapped and "1     4+8=12 write 2 carry 1" in swapped
@@ -1007,7 +1007,7 @@ def test_everything_is_measured_in_the_precision_of_training(tmp_path, monkeypat
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(co.GPT, "forward", spy)
-    co.evaluate(run_of("--stage", "eval", "--dtype", "bfloat16", out=out))
+    co.evaluate(run_of("--stage", "eval", out=out))  # the dtype is the run's
     assert len(casts) > 100 and all(casts)
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("faithful", marks=TORTURE)])

@@ -48,16 +48,20 @@ def start(out, *flags):
                        stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 def train(folder, kind, seed, flags):
-    """One run, begun or gone on with, or left as it is."""
-    out = folder / f"{kind}-{seed}"
-    going_on = ["--resume"] * (out / "config.json").exists()
-    if not finished(out) and kind != "random":
-        start(out, "--thoughts", kind, "--seed", str(seed), *flags, *going_on)
+    """One run, begun or gone on with, or left as it is. Raises UserError where it had other flags."""
+    out, trained = folder / f"{kind}-{seed}", kind != "random"
+    flags = ["--seed", str(seed), *flags, "--thoughts", kind if trained else "explained"]
+    if not trained:
+        flags += ["--train-text", "0", "--train-mixed", "0", "--train-latent", "0"]
+    saved = co.load_json(out / "config.json")
+    wanted = json.loads(json.dumps(co.parse([*flags, "--out", str(out)]).knobs))
+    if saved and saved != wanted:
+        raise co.UserError(f"{out} was trained with other flags: choose another folder")
+    if not finished(out) and trained:
+        start(out, *flags, *["--resume"] * bool(saved))
     elif not finished(out):
         shutil.rmtree(out, ignore_errors=True)
-        untrained = ["--train-text", "0", "--train-mixed", "0", "--train-latent", "0"]
-        start(out, "--thoughts", "explained", "--seed", str(seed), *flags, *untrained,
-              "--stage", "coconut")
+        start(out, *flags, "--stage", "coconut")
         shutil.copytree(folder / f"faithful-{seed}" / "base", out / "base", dirs_exist_ok=True)
         for stage in ("probes", "lora", "eval"):
             start(out, "--stage", stage)
@@ -73,7 +77,7 @@ def figure(results, path):
     return 1000 * found if found is not None and path.endswith(" seconds") else found
 
 def summary(folder, kinds, seeds):
-    """-> {kind: {column: [mean, least, most]}, with "seeds": those that are finished}."""
+    """-> {kind: {column: [mean, least, most, of so many]}, with "seeds": those that are finished}."""
     table = {}
     for kind in kinds:
         done = [seed for seed in seeds if finished(folder / f"{kind}-{seed}")]
@@ -81,8 +85,9 @@ def summary(folder, kinds, seeds):
         table[kind] = {"seeds": done}
         for column, path in COLUMNS.items():
             found = [figure(results, path) for results in runs]
-            if found and None not in found and (kind != "random" or column[:3] in ("LoR", "lin", "MLP")):
-                table[kind][column] = [sum(found) / len(found), min(found), max(found)]
+            found = [number for number in found if number is not None]
+            if found and (kind != "random" or column[:3] in ("LoR", "lin", "MLP")):
+                table[kind][column] = [sum(found) / len(found), min(found), max(found), len(found)]
     return {kind: rows for kind, rows in table.items() if rows["seeds"]}
 
 def markdown(table):
@@ -96,7 +101,9 @@ def markdown(table):
             numbers, digits = table[kind].get(column), 3
             if column.split()[-1] in ("s", "ms", "tokens", "thoughts"):
                 digits = 0 if column.endswith(" s") else 1
-            form = "{:.{d}f}" if len(table[kind]["seeds"]) == 1 else "{:.{d}f} ({:.{d}f} to {:.{d}f})"
+            n = len(table[kind]["seeds"])
+            form = "{:.{d}f}" if n == 1 else "{:.{d}f} ({:.{d}f} to {:.{d}f})"
+            form += ", n={}" * bool(numbers and numbers[3] != n)
             cells.append(form.format(*numbers, d=digits) if numbers else "-")
         lines.append(f"| {column} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -316,9 +316,9 @@ def test_draws_of_coconuts_files(monkeypatch, tmp_path, capsys):
     assert done.returncode == 2 and list(tmp_path.iterdir()) == [path]
     assert done.stderr == "error: coconut_json.py has problems of one size: use --digits 1\n"
 
-def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narrow):
-    """Finished runs are left alone, stopped ones resumed; the random row has trained readers of an untrained model, and
-    the table the mean, least and most of each figure over seeds."""
+def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narrow, capsys):
+    """Finished runs are left alone, stopped ones resumed, those with other flags refused; the random row has trained
+    readers of an untrained model, and the table the mean, least and most of each figure over seeds."""
     script = module_of(".scripts/compare.py")
     told = []
 
@@ -336,12 +336,14 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narr
     table = json.loads((tmp_path / "compare.json").read_text())
     assert list(table) == ["faithful", "none", "random"] and table["faithful"]["seeds"] == [1, 2]
     found = [co.load_json(tmp_path / f"faithful-{seed}/results.json")["causal"]["iia_same"]["exact"] for seed in (1, 2)]
-    assert table["faithful"]["IIA same"] == [sum(found) / 2, min(found), max(found)]
+    assert table["faithful"]["IIA same"] == [sum(found) / 2, min(found), max(found), 2]
     assert "steps read" not in table["none"] and "answers" not in table["random"] and "LoRA" in table["random"]
     base = [(tmp_path / f"{name}-1/base/model.safetensors").read_bytes() for name in ("faithful", "random")]
     coconut = co.load_json(tmp_path / "random-1/config.json")
     assert base[0] == base[1] and coconut["train_latent"] == 0
     assert "| IIA same | " in (tmp_path / "compare.md").read_text()
+    assert script.main(tmp_path, "1", "1", *SHORT, "--eval-problems", "77") == 1
+    assert capsys.readouterr().err.count("was trained with other flags: choose another folder\n") == 3
 
 def test_multiplication_with_a_step_given():
     """Steps are those of the school method, and spell the product. A given step's digit and carry are worth what they
