@@ -110,7 +110,7 @@ class Rates(NamedTuple):
 
 # By phase, for width 96: AdamW's rates go with 1 / width, Muon's are the same for all (its steps
 # are orthogonal), and steps in thoughts go with 1 / sqrt(width). So much decay in the last stage
-# leaves more in a plain thought to read (0.7 for 0.53).
+# leaves more in a plain thought to read.
 FROM_SCRATCH = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
                 "last": Rates(3e-3, 0.01, 0.3)}
 # Rates, steps and batch for released weights: from the field (Coconut), untried by us.
@@ -1276,7 +1276,8 @@ def stages_of(run):
     return ["0", *map(str, latent), "all"]
 
 def held_out(run, most, few=False):
-    """The problems of every evaluation, in batches of one size, of at most so many."""
+    """The problems of every evaluation, in batches of one size, of at most so many; or a few of
+    them, about 200."""
     cfg, batches = run.cfg, []
     n = min(200, cfg.eval_problems) if few else cfg.eval_problems
     n = max(4, math.ceil(n / len(cfg.digits)))  # exchanges need three other problems
@@ -1397,7 +1398,7 @@ def train_oracle(run, name="oracle"):
         questions, targets, rows, slots = draw_questions(
             run, rng, families_of(run), problems, works)
         # Operands come first and are learnt last: three steps of four go no further than half of
-        # the longest step (600 steps in 28 s in place of 33, as good).
+        # the longest text (of sums: 600 steps in 28 s in place of 33, as good).
         most = max(1, run.text.longest // 2) if step % 4 else None
         vectors = pick(readings, rows, slots)
         loss, right = oracle_loss(run, model, questions, targets, vectors, most)
@@ -1685,8 +1686,8 @@ def evaluate(run):
     scores, oracle = stage_scores(run, coconut), None  # after these, for its seconds: warm
     text = stage_scores(run, coconut, "0")
     sections = {
-        "cost": {name: {"tokens": stage["tokens"], "seconds": stage["seconds"]}
-                 for name, stage in (("text", text), ("thoughts", scores))},
+        "cost": {name: {"tokens": found["tokens"], "seconds": found["seconds"]}
+                 for name, found in (("text", text), ("thoughts", scores))},
         "config": run.cfg.knobs, "env": environment(run.cfg)}
     if kind.thoughts:
         oracle = self_oracle(run, coconut)
@@ -1829,8 +1830,8 @@ HELP = """347+285                        work a problem in thoughts, and say the
 swap 1 158+667                 give it the thought that 158+667 has in slot 1
 set 1 4+8=12 write 2 carry 1   give it a thought that says this, of a problem found to have it"""
 
-def typed(run, line):
-    """A problem as typed. Raises UserError."""
+def problem_of(run, line):
+    """The problem that was typed. Raises UserError."""
     problem = run.task.typed(line)
     if problem is None or run.task.size(problem) not in run.cfg.digits:
         raise UserError(f"{line[:40]!r} is no command, and no problem of a size that this model "
@@ -1851,7 +1852,7 @@ def respond(run, model, oracle, line, problem, donors):
     -> these two from then on."""
     task, command = run.task, re.fullmatch(r"(\?|swap|set) *(\d{1,3}) +(.+)", line)
     if not command:
-        problem, donors = typed(run, line), {}
+        problem, donors = problem_of(run, line), {}
     else:
         verb, slot, words = command[1], int(command[2]), command[3]
         if problem is None or slot >= len(task.work(problem)):
@@ -1865,7 +1866,7 @@ def respond(run, model, oracle, line, problem, donors):
             return problem, donors
         size = task.size(problem)
         if verb == "swap":
-            found = [typed(run, words)]
+            found = [problem_of(run, words)]
         else:  # one found to have the step
             drawn = task.draw(rng_of(run.cfg.seed, "set"), TRAIN, size, 20000)
             found = [other for other in drawn if task.say(task.work(other)[slot]) == words]
@@ -1945,11 +1946,11 @@ def parse(argv):
         if name not in free and flags.get(name, value) != value:
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: the run in {out} has "
                             f"{value}: leave it out, or choose another --out")
-    known = {**saved, **flags, "out": out}
-    cfg = Config(**known)
+    settings = {**saved, **flags, "out": out}
+    cfg = Config(**settings)
     fewer = math.sqrt(SIZES["tiny"].width / SIZES[cfg.model].width)
     steps = {name: round(fewer * getattr(cfg, name)) for name in ("train_mixed", "train_latent")}
-    cfg = Config(**{**(RELEASED if cfg.pretrained else steps), **known})
+    cfg = Config(**{**(RELEASED if cfg.pretrained else steps), **settings})
     for field in dataclasses.fields(Config):
         value, most = getattr(cfg, field.name), 1 if field.type is float else 2**31
         if field.type in (int, float) and not field.metadata["low"] <= value <= most:
