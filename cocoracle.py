@@ -111,12 +111,8 @@ class Rates(NamedTuple):
 # By phase, for width 96: AdamW's rates go with 1 / width, Muon's are the same for all (its steps
 # are orthogonal), and steps in thoughts go with 1 / sqrt(width). So much decay in the last stage
 # leaves more in a plain thought to read.
-FROM_SCRATCH = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
-                "last": Rates(3e-3, 0.01, 0.3)}
-# Rates, steps and batch for released weights: from the field (Coconut), untried by us.
-FINE_TUNED = dict.fromkeys(("text", "mixed", "oracle", "lora", "last"), Rates(1e-4, 0.0, 0.01))
-RELEASED = {"batch_size": 128, "train_text": 2000, "train_mixed": 500, "train_latent": 3000,
-            "train_oracle": 6000, "train_lora": 6000}
+RATES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
+         "last": Rates(3e-3, 0.01, 0.3)}
 PROBE_RATES = Rates(5e-3, 0.0, 0.01)
 AGAIN = 0.15  # share of the last stage's steps that repeat stage 0: text on demand
 EXPLAIN = 0.3  # weight of the explaining loss
@@ -134,8 +130,8 @@ def flag(default, help, choices=None, low=1):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob. The command line is made of these fields. Other defaults: RELEASED, and fewer
-    steps for larger models (parse)."""
+    """Every knob. The command line is made of these fields. Larger models take fewer steps in
+    thoughts: parse()."""
     stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
     model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))
@@ -158,8 +154,7 @@ class Config:
     batch_size: int = flag(64, "problems (or readings) in a step", low=2)
     accumulate: int = flag(1, "parts of that size in a step, each of its own problems")
     train_text: int = flag(250, "stage 0, all text", low=0)
-    train_mixed: int = flag(120, "stage 1; stage k takes k times as many", low=0)
-    slots_per_stage: int = flag(2, "slots that become thoughts at once, from the fourth on")
+    train_mixed: int = flag(100, "stage 1; stage k takes k times as many", low=0)
     train_latent: int = flag(2400, "the last stage once more, with its ingredients", low=0)
     train_oracle: int = flag(2300, "the fine-tuned self-oracle", low=0)
     train_lora: int = flag(450, "the LoRA oracle", low=0)
@@ -179,14 +174,14 @@ class Config:
     @property
     def size(self):
         """Of the model; with --weights, as the config.json there says."""
-        return Size(*gpt2_weights.read_size(self.weights)) if self.weights else SIZES[self.model]
+        if self.weights and self.pretrained:
+            return Size(*gpt2_weights.read_size(self.weights))
+        return SIZES[self.model]
 
     @property
     def rates(self):
-        if self.pretrained:
-            return FINE_TUNED
         return {phase: rates._replace(adam=rates.adam * 96 / self.size.width)
-                for phase, rates in FROM_SCRATCH.items()}
+                for phase, rates in RATES.items()}
 
     @property
     def knobs(self):
@@ -1268,13 +1263,6 @@ def coconut_loss(run, model, stage, rng, n=None):
         total = loss + EXPLAIN * explain_loss(run, model, rng, problems, works, thoughts, slot)
     return Loss(total, loss, all_right(logits[:, T:], batch.answer_target))
 
-def stages_of(run):
-    """Stages in order: text, then the last 1, 2, 3, 5, 7, ... and all slots as thoughts. "all" is
-    the last of these once more, with all ingredients of the kind of thoughts."""
-    later = range(3, run.slots, run.cfg.slots_per_stage)
-    latent = sorted({1, min(2, run.slots), *later, run.slots})
-    return ["0", *map(str, latent), "all"]
-
 def held_out(run, most, few=False):
     """The problems of every evaluation, in batches of one size, of at most so many; or a few of
     them, about 200."""
@@ -1322,13 +1310,15 @@ def stage_scores(run, model, stage="all", few=False):
             "tokens": tokens / len(every), "seconds": (time.time() - begin) / len(every)}
 
 def train_coconut(run):
-    """The curriculum. Each stage is measured before its first step and after its last one."""
+    """The curriculum: text, then the last 1, 2, ... slots as thoughts, and "all": all slots once
+    more, with all ingredients of the kind of thoughts. Each stage is measured before its first
+    step and after its last one."""
     cfg = run.cfg
     model = new_model(run, released_weights(run) if cfg.pretrained else None)
     if cfg.pretrained and not (run.out / "base" / "model.safetensors").exists():
         save_model(run, "base", model)
     reached = load_last(run).get("phase", "").removeprefix("coconut ")
-    stages = stages_of(run)
+    stages = ["0", *map(str, range(1, run.slots + 1)), "all"]
     for stage in stages[stages.index(reached) if reached in stages else 0:]:
         if stage != reached:
             record(run, "coconut", "stages", stage, at_switch=stage_scores(run, model, stage, True))
@@ -1948,9 +1938,9 @@ def parse(argv):
                             f"{value}: leave it out, or choose another --out")
     settings = {**saved, **flags, "out": out}
     cfg = Config(**settings)
-    fewer = math.sqrt(SIZES["tiny"].width / SIZES[cfg.model].width)
+    fewer = math.sqrt(SIZES["tiny"].width / cfg.size.width)
     steps = {name: round(fewer * getattr(cfg, name)) for name in ("train_mixed", "train_latent")}
-    cfg = Config(**{**(RELEASED if cfg.pretrained else steps), **settings})
+    cfg = Config(**{**steps, **settings})
     for field in dataclasses.fields(Config):
         value, most = getattr(cfg, field.name), 1 if field.type is float else 2**31
         if field.type in (int, float) and not field.metadata["low"] <= value <= most:

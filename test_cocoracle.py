@@ -398,7 +398,7 @@ BAD = [  # arguments, and what the one line on stderr must name
     ("--train-text -1", "--train-text"), ("--train-mixed x", "--train-mixed"), ("--train-latent nan", "--train-latent"),
     ("--train-oracle -5", "--train-oracle"), ("--train-lora ,", "--train-lora"),
     ("--train-probes 1e3", "--train-probes"), ("--eval-problems 0", "--eval-problems"), ("--split train", "--split"),
-    ("--no-such-flag", "--no-such-flag"), ("--resume", "no run"), ("--slots-per-stage 0", "--slots"),
+    ("--no-such-flag", "--no-such-flag"), ("--resume", "no run"),
     ("--task nowhere.py", "nowhere.py"), ("--stage probes", "coconut"), ("--stage lora", "coconut"),
     ("--stage eval", "coconut"), ("--stage ask", "coconut"), ("--stage oracle", "--thoughts"),
     ("--stage lora --thoughts none", "none"), ("--stage ask --thoughts none", "none"), ("stray", "stray")]
@@ -427,12 +427,12 @@ def test_out_that_cannot_be_written(tmp_path, where):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "choose another" in done.stderr
 
 def test_help_names_every_flag():
-    """Each field of Config is a flag with a help line; recipes: of released weights, of larger models, and as asked."""
+    """Each field of Config is a flag with a help line; steps as they are, fewer for larger models, and as asked."""
     shown = cli("--help").stdout
     for field in dataclasses.fields(co.Config):
         assert "--" + field.name.replace("_", "-") in shown and field.metadata["help"].split()[0] in shown
     cfg = co.parse(["--model", "gpt2-large", "--digits", "2-4", "--read-layer", "0.51"])
-    assert (cfg.digits, cfg.batch_size, cfg.pretrained) == ((2, 3, 4), 128, True)
+    assert (cfg.digits, cfg.batch_size, cfg.pretrained) == ((2, 3, 4), 64, True)
     assert cfg.layer == 19
     fewer = co.parse(["--model", "gpt2", "--init", "scratch", "--train-mixed", "90"])  # 8 times as wide as tiny
     assert (fewer.train_text, fewer.train_mixed, fewer.train_latent, fewer.size) == (250, 90, 849, (12, 12, 768, 1024))
@@ -1125,7 +1125,7 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     r = short(tmp_path / "run", "--model", "gpt2", "--weights", str(tmp_path / "weights"), "--batch-size", "2")
     assert r["oracle"]["step"]["n"]
     run = run_of("--stage", "eval", out=tmp_path / "run")
-    assert run.text.n_vocab == 50261 and run.cfg.size == (2, 4, 32, 1024) and run.cfg.rates == co.FINE_TUNED
+    assert run.text.n_vocab == 50261 and run.cfg.size == (2, 4, 32, 1024) and run.cfg.rates["text"].adam == pytest.approx(9e-3)
     assert [run.text.enc.decode([i]) for i in run.text.ids("347 12")] == ["3", "4", "7", " 1", "2"]
     wte = co.load_model(run, "base").wte.weight
     for row, like in zip(range(50257, 50261), co.SPECIAL.values()):

@@ -56,8 +56,6 @@ def memory(run):
 
 def main(argv):
     flags = argv if "--dtype" in argv else [*argv, "--dtype", "bfloat16"]
-    if "--batch-size" not in flags:
-        flags = [*flags, "--batch-size", str(co.RELEASED["batch_size"])]
     run = co.open_run(co.parse([*flags, "--init", "scratch", "--device", "cpu"]))
     for name, size in memory(run).items():
         print(f"{name:<20}{size / GB:8.2f} GB")

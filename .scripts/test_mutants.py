@@ -103,12 +103,16 @@ def test_positions_end_where_the_model_ends():
     model = co.new_model(run_of())
     assert model.places(torch.zeros(1, 3, 96), 254, None).tolist() == [[254, 255, 255]]
 
-def test_stages():
-    """The last 1, 2, 3, 5, 7, ... slots are thoughts, at last all, and then all once more."""
-    assert co.stages_of(run_of("--digits", "2-8")) == ["0", "1", "2", "3", "5", "7", "9", "all"]
-    one_by_one = co.stages_of(run_of("--digits", "4", "--slots-per-stage", 1))
-    assert one_by_one == ["0", "1", "2", "3", "4", "5", "all"]
-    assert co.stages_of(run_of("--digits", 2)) == ["0", "1", "2", "3", "all"]
+def test_stages(tmp_path, monkeypatch):
+    """Text, then one slot more at a time as thoughts, in so many steps for each of them, and all slots once more."""
+    phases = []
+    monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, *_: phases.append((phase, steps)))
+    monkeypatch.setattr(co, "stage_scores", lambda *_: co.rate([True]))
+    run = run_of("--digits", "2-4", "--train-mixed", 7, out=tmp_path / "run")
+    co.make_folder(run)
+    co.train_coconut(run)
+    mixed = [(f"coconut {k}", 7 * k) for k in range(1, 6)]
+    assert phases == [("coconut 0", 250), *mixed, ("coconut all", 2400)]
 
 def test_tokens_before_the_answer(monkeypatch):
     """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""

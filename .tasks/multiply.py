@@ -1,5 +1,5 @@
 """n-by-n-digit multiplication as at school, into one row of digits; n is --digits.
-    python cocoracle.py --task .tasks/multiply.py --digits 2 --slots-per-stage 1 --train-mixed 200
+    python cocoracle.py --task .tasks/multiply.py --digits 2 --train-mixed 200
 A step is digit times digit, plus what stands there, plus the carry: `7*4+3+2=33 write 3 carry 3`.
 The last one of a row writes its carry. A given step's digit and carry are taken as they stand."""
 
