@@ -103,6 +103,11 @@ def test_positions_end_where_the_model_ends():
     model = co.new_model(run_of())
     assert model.places(torch.zeros(1, 3, 96), 254, None).tolist() == [[254, 255, 255]]
 
+def test_larger_models_take_fewer_steps_in_thoughts():
+    """By 1 / sqrt(width), but as many as were asked for."""
+    cfg = co.parse(["--model", "gpt2", "--init", "scratch", "--train-mixed", "90"])  # 8 times as wide as tiny
+    assert (cfg.train_text, cfg.train_mixed, cfg.train_latent, cfg.size.width) == (250, 90, 849, 768)
+
 def test_stages(tmp_path, monkeypatch):
     """Text, then one slot more at a time as thoughts, in so many steps for each of them, and all slots once more."""
     phases = []
