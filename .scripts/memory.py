@@ -1,5 +1,5 @@
 """Memory of a training step from released weights, worked out without a GPU or the memory: weights,
-gradients, AdamW's moments, and what is kept for going backwards, of the longest problems.
+gradients, two moments of each, and what is kept for going backwards, of the longest problems.
 
     python .scripts/memory.py --model gpt2-large --batch-size 64
 
@@ -56,8 +56,6 @@ def memory(run):
 
 def main(argv):
     flags = argv if "--dtype" in argv else [*argv, "--dtype", "bfloat16"]
-    if "--batch-size" not in flags:
-        flags = [*flags, "--batch-size", str(co.RELEASED["batch_size"])]
     run = co.open_run(co.parse([*flags, "--init", "scratch", "--device", "cpu"]))
     for name, size in memory(run).items():
         print(f"{name:<20}{size / GB:8.2f} GB")
