@@ -110,7 +110,8 @@ class Rates(NamedTuple):
 
 # By phase, for width 96: AdamW's rates go with 1 / width, Muon's are the same for all (its steps
 # are orthogonal), and steps in thoughts go with 1 / sqrt(width). So much decay in the last stage
-# leaves more in a plain thought to read.
+# leaves more in a plain thought to read. Released weights take the same: on a stand-in for them,
+# AdamW at 1e-4 (Coconut's) reached 0.368 of the answers where these reach 0.998 (README).
 RATES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
          "last": Rates(3e-3, 0.01, 0.3)}
 PROBE_RATES = Rates(5e-3, 0.0, 0.01)

@@ -1,5 +1,5 @@
 """Memory of a training step from released weights, worked out without a GPU or the memory: weights,
-gradients, AdamW's moments, and what is kept for going backwards, of the longest problems.
+gradients, two moments of each, and what is kept for going backwards, of the longest problems.
 
     python .scripts/memory.py --model gpt2-large --batch-size 64
 
