@@ -152,8 +152,8 @@ class Config:
     thoughts: str = flag("faithful", "kind of thoughts, see KINDS", tuple(KINDS))
     read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0)
     # training, in steps
-    batch_size: int = flag(64, "problems (or readings) in a step", low=2)
-    accumulate: int = flag(1, "parts of that size in a step, each of its own problems")
+    batch_size: int = flag(32, "problems (or readings) in a part of a step, all of one size", low=2)
+    accumulate: int = flag(2, "parts in a step, each of its own problems and size")
     train_text: int = flag(250, "stage 0, all text", low=0)
     train_mixed: int = flag(100, "stage 1; stage k takes k times as many", low=0)
     train_latent: int = flag(2400, "the last stage once more, with its ingredients", low=0)
