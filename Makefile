@@ -42,7 +42,7 @@ sizes: .venv/run.ok
 bench: .venv/run.ok
 	$(BIN)/python .scripts/bench.py $(ARGS)
 
-# Memory of a step from released weights, worked out on a CPU: `make memory ARGS="--model gpt2-large --batch-size 32"`
+# Memory of a step from released weights, worked out on a CPU: `make memory ARGS="--model gpt2-large --batch-size 16"`
 memory: .venv/run.ok
 	$(BIN)/python .scripts/memory.py $(ARGS)
 

@@ -1445,7 +1445,7 @@ def train_probes(run):
     draw, probes = pool_of(run, load_model(run, "coconut"), each=8000, life=2**31), new_probes(run)
     for name, probe in probes.items():
         def loss_of(step, rng):
-            _, works, readings = draw(step, rng, 512)
+            _, works, readings = draw(step, rng, 8 * run.cfg.batch_size)
             rows, slots = readable(run.task, rng, works)
             steps = [works[row][slot] for row, slot in zip(rows, slots)]
             loss, hits = field_hits(run, probe, pick(readings, rows, slots), steps)

