@@ -464,18 +464,21 @@ class Batch(NamedTuple):
     answer: torch.Tensor  # (B, T") <eot> and the answer, padded on the right
     answer_target: torch.Tensor  # (B, T")
 
-def make_batch(run, problems, works, n_text):
-    """Problems, worked as in `works` (lists of steps), the first n_text steps as text -> Batch."""
+def make_batch(run, problems, works, n_text, given=None):
+    """Problems, worked as in `works` (lists of steps), the first n_text steps as text -> Batch.
+    given: the slot whose text is not to be predicted."""
     task, text, device = run.task, run.text, run.cfg.device
     prefixes, targets, answers = [], [], []
     for problem, steps in zip(problems, works):
-        written = []
-        for step in steps[:n_text]:
-            written += [*text.ids(task.say(step)), text.sep]
+        written, target = [], []
+        for slot, step in enumerate(steps[:n_text]):
+            ids = [*text.ids(task.say(step)), text.sep]
+            written += ids
+            target += [IGNORE] * len(ids) if slot == given else ids
         prefixes.append([*text.ids(task.text(problem)), text.bot, *written])
         # Targets stand one to the left of their tokens. Nothing is to follow the last <sep>: there
         # a thought is fed, or <eot>.
-        targets.append([*written, IGNORE] if n_text else [])
+        targets.append([*target, IGNORE] if n_text else [])
         answers.append([text.eot, *text.ids(task.spell(steps)), text.eos])
         positions = len(prefixes[-1]) + len(steps) - n_text + len(answers[-1]) - 1
         if positions > run.cfg.size.positions:  # longer than all that try_out() drew
@@ -1217,11 +1220,11 @@ def work_all(task, problems, donors={}):
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
     """Nats a token of what the model says, asked as an oracle is, of as many live thoughts as
     problems: unwhitened, not detached. works: their steps, the last ones of which are thoughts.
-    slot: the exchanged one, or None. If there is one, half of the time only it and later ones are
+    slot: the one given, or None. If there is one, half of the time only it and later ones are
     asked.
     (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
     n_text = len(works[0]) - len(thoughts)
-    low = slot if slot is not None and rng.random() < 0.5 else n_text
+    low = n_text if slot is None or rng.random() < 0.5 else max(slot, n_text)
     asked = sum([steps[low:] for steps in works], [])
     if all(map(run.task.never_read, asked)):
         return torch.zeros((), device=run.cfg.device)
@@ -1234,28 +1237,27 @@ def coconut_loss(run, model, stage, rng, n=None):
     """Loss of n fresh problems of one size at a stage: cross-entropy of what the model must write,
     its text steps and the answer, never the problem's digits, and the explaining loss.
 
-    Exchange (interchange intervention training, arXiv 2112.00826): in half of the last stage's
-    batches in thoughts, one slot's thought is the row before's, later thoughts are thought anew,
-    and what is trained is the sum worked with that column given. It is begun from thoughts that
-    carry the answer: begun with the first latent stage it wrecks the learning.
+    Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches the step
+    of one slot is the row before's, as text, or in the last stage as a thought, and what is
+    trained is the sum worked with that step given; later thoughts are thought anew. Thoughts are
+    exchanged once they carry the answer: from the first latent stage on, it wrecks the learning.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)
     works = [task.work(problem) for problem in problems]
     n_text, count = plan(run, len(works[0]), stage)
-    slot = None  # that is exchanged
-    if kind.exchange and run.exchanges and stage == "all" and rng.random() < 0.5:
+    slot, given, slots = None, {}, count if stage == "all" else n_text
+    if kind.exchange and run.exchanges and slots and rng.random() < 0.5:
         # the last one twice as often: half of its exchanges change nothing
-        slot = min(int(rng.integers(count + 1)), count - 1)
+        slot = min(int(rng.integers(slots + 1)), slots - 1)
         works = work_all(task, problems, {slot: rows_before(problems)})
-    batch = make_batch(run, problems, works, n_text)
+    batch = make_batch(run, problems, works, n_text, slot)
     T = batch.text_target.shape[1]
     prompt, hidden = encode(run, model, batch, stage, last=max(T, 1))
-    if slot is None:
-        thoughts = think(model, prompt, count)
-    else:
-        own = dict(enumerate(think(model, prompt, slot + 1)))
-        thoughts = think(model, prompt, count, {**own, slot: own[slot].roll()})
+    if slot is not None and stage == "all":
+        given = dict(enumerate(think(model, prompt, slot + 1)))
+        given[slot] = given[slot].roll()
+    thoughts = think(model, prompt, count, given)
     answered, _, _ = model(model.wte(batch.answer), *prompt.for_answer(thoughts))
     # logits only where they are used
     logits = model.logits(torch.cat([hidden[:, hidden.shape[1] - T:], answered], dim=1))
