@@ -464,9 +464,9 @@ class Batch(NamedTuple):
     answer: torch.Tensor  # (B, T") <eot> and the answer, padded on the right
     answer_target: torch.Tensor  # (B, T")
 
-def make_batch(run, problems, works, n_text, given=None):
+def make_batch(run, problems, works, n_text, given_slot=None):
     """Problems, worked as in `works` (lists of steps), the first n_text steps as text -> Batch.
-    given: the slot whose text is not to be predicted."""
+    given_slot: the one whose text is not to be predicted."""
     task, text, device = run.task, run.text, run.cfg.device
     prefixes, targets, answers = [], [], []
     for problem, steps in zip(problems, works):
@@ -474,7 +474,7 @@ def make_batch(run, problems, works, n_text, given=None):
         for slot, step in enumerate(steps[:n_text]):
             ids = [*text.ids(task.say(step)), text.sep]
             written += ids
-            target += [IGNORE] * len(ids) if slot == given else ids
+            target += [IGNORE] * len(ids) if slot == given_slot else ids
         prefixes.append([*text.ids(task.text(problem)), text.bot, *written])
         # Targets stand one to the left of their tokens. Nothing is to follow the last <sep>: there
         # a thought is fed, or <eot>.

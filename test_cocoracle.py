@@ -349,7 +349,7 @@ def test_exchange_trains_the_sum_worked_with_the_given_column(monkeypatch):
     model = rough(run)
     think, make_batch = co.think, co.make_batch
     monkeypatch.setattr(co, "think", lambda m, p, n, given={}: calls.append((n, given)) or think(m, p, n, given))
-    monkeypatch.setattr(co, "make_batch", lambda r, p, w, n: labels.append((p, w)) or make_batch(r, p, w, n))
+    monkeypatch.setattr(co, "make_batch", lambda r, p, w, *n: labels.append((p, w)) or make_batch(r, p, w, *n))
     exchanged, asked, draw_questions = set(), [], co.draw_questions
     monkeypatch.setattr(co, "draw_questions", lambda r, rng, families, problems, works, low=0: asked.append(
         (works, low)) or draw_questions(r, rng, families, problems, works, low))

@@ -328,3 +328,28 @@ def test_mutants_are_small_and_the_same_again():
     assert len({*some} & {*mutate.drawn(changed, ast.parse(changed), 0, 8)}) >= 6
     code = "'text'\ndef f():\n    def g(): return 1\n    return g()\nclass A:\n    def h(self): return f()\nA().h()"
     assert "_called.add('A.h')" in ast.unparse(trial.recording(ast.parse(code)))
+
+def test_a_step_is_given_as_text_too(monkeypatch):
+    """In half of the batches of a mixed stage one written step is the row before's and not to be predicted,
+    all later text, the answer and the words of thoughts are worked with it. Of faithful thoughts alone."""
+    run, made, asked = run_of("--digits", "3", "--batch-size", 6), [], []
+    model, make_batch, explain_loss = rough(run), co.make_batch, co.explain_loss
+    monkeypatch.setattr(co, "make_batch", lambda *args: made.append((args, make_batch(*args))) or made[-1][1])
+    monkeypatch.setattr(co, "explain_loss", lambda *args: asked.append(args) or explain_loss(*args))
+    seen = []
+    for step in range(40):
+        co.coconut_loss(run, model, "2", co.rng_of(1, step))
+        (_, problems, works, n_text, slot), batch = made[-1]
+        own, donors = [co.columns(*p) for p in problems], [co.columns(*p) for p in [problems[-1], *problems[:-1]]]
+        seen.append(slot)
+        given = [{slot: donor[slot]} if slot is not None else {} for donor in donors]
+        assert n_text == 2 and works == [co.columns(*p, steps) for p, steps in zip(problems, given)]
+        assert works == asked[-1][4] and (slot is not None or works == own)
+        for steps, target in zip(works, batch.text_target.tolist()):
+            said = [run.task.say(step) + "<sep>" for number, step in enumerate(steps[:2]) if number != slot]
+            assert tuple(t for t in target if t != co.IGNORE) == run.text.ids("".join(said))
+    assert set(seen) == {None, 0, 1} and 10 < seen.count(None) < 30
+    run = run_of("--digits", "3", "--batch-size", 6, "--thoughts", "explained")
+    for step in range(8):
+        co.coconut_loss(run, model, "2", co.rng_of(1, step))
+        assert made[-1][0][4] is None
