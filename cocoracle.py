@@ -1238,15 +1238,16 @@ def coconut_loss(run, model, stage, rng, n=None):
     its text steps and the answer, never the problem's digits, and the explaining loss.
 
     Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches the step
-    of one slot is the row before's, as text, or in the last stage as a thought, and what is
-    trained is the sum worked with that step given; later thoughts are thought anew. Thoughts are
-    exchanged once they carry the answer: from the first latent stage on, it wrecks the learning.
+    of one slot is the row before's: a thought in the last stage, a written step in those before,
+    but for stage 0. What is trained is the sum worked with that step given; later thoughts are
+    thought anew. Thoughts are exchanged once they carry the answer: from the first latent stage
+    on, it wrecks the learning.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)
     works = [task.work(problem) for problem in problems]
     n_text, count = plan(run, len(works[0]), stage)
-    slot, given, slots = None, {}, count if stage == "all" else n_text
+    slot, given, slots = None, {}, {"0": 0, "all": count}.get(stage, n_text)
     if kind.exchange and run.exchanges and slots and rng.random() < 0.5:
         # the last one twice as often: half of its exchanges change nothing
         slot = min(int(rng.integers(slots + 1)), slots - 1)
