@@ -87,11 +87,11 @@ SIZES |= {name: Size(*size) for name, size in gpt2_weights.SIZES.items()}
 
 class Kind(NamedTuple):
     """What thoughts are made of."""
-    thoughts: bool = True  # thoughts in place of steps; or nothing
-    pause: bool = False  # each is fed one learned vector; or the last hidden state
+    thoughts: bool = True  # in place of steps (else: nothing in their place)
+    pause: bool = False  # each is fed one learned vector (else: the last hidden state)
     bottleneck: bool = False  # in the last stage the answer sees the thoughts alone
     explain: bool = False  # live thoughts are trained to let the model say their step
-    exchange: bool = False  # in the last stage, a thought is given by another problem
+    exchange: bool = False  # another problem gives a step: as text, in the last stage as a thought
 
 KINDS = {
     "none": Kind(thoughts=False),  # Coconut's "w/o thought": steps dropped
@@ -115,9 +115,9 @@ class Rates(NamedTuple):
 RATES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
          "last": Rates(3e-3, 0.01, 0.3)}
 PROBE_RATES = Rates(5e-3, 0.0, 0.01)
-AGAIN = 0.15  # share of the last stage's steps that repeat stage 0: text on demand
+AGAIN = 0.15  # share of the last stage's batches that repeat stage 0: text on demand
 EXPLAIN = 0.3  # weight of the explaining loss
-REHEARSAL = 0.25  # share of a fine-tuned oracle's steps that repeat the coconut's own task too
+REHEARSAL = 0.25  # share of a fine-tuned oracle's batches that repeat the coconut's own task too
 OTHER = 0.02  # share of a reader's questions in each family but the first, the step
 SCALE = 2.0  # of an injected reading, relative to the state it is added to
 LORA_RANK = 32
@@ -152,8 +152,8 @@ class Config:
     thoughts: str = flag("faithful", "kind of thoughts, see KINDS", tuple(KINDS))
     read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0)
     # training, in steps
-    batch_size: int = flag(32, "problems (or readings) in a part of a step, all of one size", low=2)
-    accumulate: int = flag(2, "parts in a step, each of its own problems and size")
+    batch_size: int = flag(32, "problems (or readings) in a batch, all of one size", low=2)
+    accumulate: int = flag(2, "batches in a step, each of its own problems and size")
     train_text: int = flag(250, "stage 0, all text", low=0)
     train_mixed: int = flag(100, "stage 1; stage k takes k times as many", low=0)
     train_latent: int = flag(2400, "the last stage once more, with its ingredients", low=0)
@@ -685,7 +685,7 @@ def evaluating(run, model):
 
 def token_loss(logits, target):
     """Nats a token: cross-entropy, averaged over each row's targets and then over the rows, so
-    that the losses of a batch's parts average to the whole's."""
+    that the losses of a step's batches may be averaged."""
     nats = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(),
                            ignore_index=IGNORE, reduction="none").view(target.shape)
     return (nats.sum(1) / (target != IGNORE).sum(1)).mean()
@@ -749,7 +749,7 @@ def readings_of(thoughts):
 def plan(run, slots, stage):
     """A stage ("0", "1", ..., "all") of problems of so many slots -> text steps, thoughts."""
     latent = slots if stage == "all" else min(int(stage), slots)
-    return slots - latent, latent if run.cfg.kind.thoughts else 0
+    return slots - latent, (latent if run.cfg.kind.thoughts else 0)
 
 def encode(run, model, batch, stage="all", last=1):
     """Read a batch -> Prompt, and the last hidden states (B, last, C)."""
@@ -1083,14 +1083,14 @@ def make_optimizers(run, model, rates):
     return optimizers
 
 def train_step(run, model, optimizers, phase, step, loss_of):
-    """One update by the losses of a batch's parts -> [nats, share right], examples. loss_of(step,
-    rng) -> Loss. Raises UserError where the gradient is not finite."""
-    parts, stats = run.cfg.accumulate, torch.zeros(2, device=run.cfg.device)
-    for part in range(parts):
+    """One update by the losses of some batches -> [nats, share right], examples. loss_of(step, rng)
+    -> Loss, of one batch. Raises UserError where the gradient is not finite."""
+    batches, stats = run.cfg.accumulate, torch.zeros(2, device=run.cfg.device)
+    for batch in range(batches):
         with precision(run, model):
-            loss = loss_of(step, rng_of(run.cfg.seed, phase, step, part))
-        (loss.total / parts).backward()
-        stats += torch.stack([loss.nats.detach(), loss.right.mean()]) / parts
+            loss = loss_of(step, rng_of(run.cfg.seed, phase, step, batch))
+        (loss.total / batches).backward()
+        stats += torch.stack([loss.nats.detach(), loss.right.mean()]) / batches
     params = [p for p in model.parameters() if p.requires_grad]
     if not nn.utils.clip_grad_norm_(params, 1.0).isfinite():
         raise UserError("a gradient is not finite: --resume with --dtype float32, or begin again "
@@ -1098,7 +1098,7 @@ def train_step(run, model, optimizers, phase, step, loss_of):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return stats, parts * len(loss.right)
+    return stats, batches * len(loss.right)
 
 def log(run, phase, step, steps, nats, right, speed, left):
     """One line on the terminal and one object in log.jsonl, of the steps since the last one."""
@@ -1220,8 +1220,7 @@ def work_all(task, problems, donors={}):
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
     """Nats a token of what the model says, asked as an oracle is, of as many live thoughts as
     problems: unwhitened, not detached. works: their steps, the last ones of which are thoughts.
-    slot: the one given, or None. If there is one, half of the time only it and later ones are
-    asked.
+    slot: the one given, or None; half of the time only it and later ones are asked about.
     (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
     n_text = len(works[0]) - len(thoughts)
     low = n_text if slot is None or rng.random() < 0.5 else max(slot, n_text)
@@ -1238,19 +1237,19 @@ def coconut_loss(run, model, stage, rng, n=None):
     its text steps and the answer, never the problem's digits, and the explaining loss.
 
     Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches the step
-    of one slot is the row before's: a thought in the last stage, a written step in those before,
-    but for stage 0. What is trained is the sum worked with that step given; later thoughts are
-    thought anew. Thoughts are exchanged once they carry the answer: from the first latent stage
-    on, it wrecks the learning.
+    of one slot is the row before's: its thought in the last stage, its text in mixed ones. What is
+    trained is the sum worked with that step given; later thoughts are thought anew. Thoughts are
+    exchanged once they carry the answer: from the first latent stage on, it wrecks the learning.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)
-    works = [task.work(problem) for problem in problems]
+    works = work_all(task, problems)
     n_text, count = plan(run, len(works[0]), stage)
-    slot, given, slots = None, {}, {"0": 0, "all": count}.get(stage, n_text)
-    if kind.exchange and run.exchanges and slots and rng.random() < 0.5:
-        # the last one twice as often: half of its exchanges change nothing
-        slot = min(int(rng.integers(slots + 1)), slots - 1)
+    slot, given = None, {}
+    may_give = {"0": 0, "all": count}.get(stage, n_text)  # slots from the first one on
+    if kind.exchange and run.exchanges and may_give and rng.random() < 0.5:
+        # the last one twice as often: half of a final carry's exchanges change nothing
+        slot = min(int(rng.integers(may_give + 1)), may_give - 1)
         works = work_all(task, problems, {slot: rows_before(problems)})
     batch = make_batch(run, problems, works, n_text, slot)
     T = batch.text_target.shape[1]
@@ -1262,16 +1261,16 @@ def coconut_loss(run, model, stage, rng, n=None):
     answered, _, _ = model(model.wte(batch.answer), *prompt.for_answer(thoughts))
     # logits only where they are used
     logits = model.logits(torch.cat([hidden[:, hidden.shape[1] - T:], answered], dim=1))
-    total = loss = token_loss(logits, torch.cat([batch.text_target, batch.answer_target], dim=1))
+    total = nats = token_loss(logits, torch.cat([batch.text_target, batch.answer_target], dim=1))
     if kind.explain and count:
-        total = loss + EXPLAIN * explain_loss(run, model, rng, problems, works, thoughts, slot)
-    return Loss(total, loss, all_right(logits[:, T:], batch.answer_target))
+        total = nats + EXPLAIN * explain_loss(run, model, rng, problems, works, thoughts, slot)
+    return Loss(total, nats, all_right(logits[:, T:], batch.answer_target))
 
-def held_out(run, most, few=False):
-    """The problems of every evaluation, in batches of one size, of at most so many; or a few of
-    them, about 200."""
+def held_out(run, most, n=None):
+    """The problems of every evaluation, or about n of them, in batches of one size, of at most so
+    many."""
     cfg, batches = run.cfg, []
-    n = min(200, cfg.eval_problems) if few else cfg.eval_problems
+    n = min(n or cfg.eval_problems, cfg.eval_problems)
     n = max(4, math.ceil(n / len(cfg.digits)))  # exchanges need three other problems
     for size in cfg.digits:
         problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), cfg.split, size, n)
@@ -1288,9 +1287,9 @@ class Solved(NamedTuple):
     answers: list  # the model's
 
 def solve(run, model, problems, donors={}, stage="all"):
-    """Think problems and work them by hand. The thoughts, and steps, of some slots are given by
-    donors {slot: as many problems}. -> Solved. All answers, causal figures, examples and ask are
-    made of this experiment."""
+    """Think problems and work them by hand. At the last stage, the thoughts, and steps, of some
+    slots may be given by donors {slot: as many problems}. -> Solved. All answers, causal figures,
+    examples and ask are made of this experiment."""
     given = {slot: think_through(run, model, others)[1][slot] for slot, others in donors.items()}
     works = work_all(run.task, problems, donors)
     prompt, thoughts = think_through(run, model, problems, given, stage=stage)
@@ -1300,11 +1299,12 @@ def as_worked(run, solved):
     """Whether each answer is what the hand-worked steps spell."""
     return [now == run.task.spell(steps) for now, steps in zip(solved.answers, solved.works)]
 
-def stage_scores(run, model, stage="all", few=False):
+def stage_scores(run, model, stage="all", n=None):
     """Held-out problems answered at a stage, autoregressively, from the problem alone -> a rate,
     with "by_digits", and a problem's tokens (or thoughts) before the answer and seconds."""
-    hits, tokens, begin = defaultdict(list), 0, time.time()
-    for problems in held_out(run, 250, few):
+    hits, tokens, batches = defaultdict(list), 0, held_out(run, 250, n)
+    begin = time.time()
+    for problems in batches:
         solved = solve(run, model, problems, stage=stage)
         tokens += sum(int(token.valid.sum()) for token in solved.prompt.past[1:])
         tokens += len(solved.thoughts) * len(problems)
@@ -1321,13 +1321,13 @@ def train_coconut(run):
     model = new_model(run, released_weights(run) if cfg.pretrained else None)
     if cfg.pretrained and not (run.out / "base" / "model.safetensors").exists():
         save_model(run, "base", model)
-    reached = load_last(run).get("phase", "").removeprefix("coconut ")
-    stages = ["0", *map(str, range(1, run.slots + 1)), "all"]
-    for stage in stages[stages.index(reached) if reached in stages else 0:]:
+    mixed = {str(k): ("mixed", cfg.train_mixed * k) for k in range(1, run.slots + 1)}
+    stages = {"0": ("text", cfg.train_text), **mixed, "all": ("last", cfg.train_latent)}
+    names, reached = [*stages], load_last(run).get("phase", "").removeprefix("coconut ")
+    for stage in names[names.index(reached) if reached in names else 0:]:
         if stage != reached:
-            record(run, "coconut", "stages", stage, at_switch=stage_scores(run, model, stage, True))
-        named = {"0": ("text", cfg.train_text), "all": ("last", cfg.train_latent)}
-        recipe, steps = named[stage] if stage in named else ("mixed", cfg.train_mixed * int(stage))
+            record(run, "coconut", "stages", stage, at_switch=stage_scores(run, model, stage, 200))
+        recipe, steps = stages[stage]
 
         def loss_of(step, rng):
             again = stage == "all" and rng.random() < AGAIN
@@ -1677,8 +1677,8 @@ def evaluate(run):
     """Everything that is measured on held-out problems -> results.json."""
     coconut, kind = load_model(run, "coconut"), run.cfg.kind
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
-    scores, oracle = stage_scores(run, coconut), None  # after these, for its seconds: warm
-    text = stage_scores(run, coconut, "0")
+    scores = stage_scores(run, coconut)  # once the model is warm, for its seconds
+    text, oracle = stage_scores(run, coconut, "0"), None
     sections = {
         "cost": {name: {"tokens": found["tokens"], "seconds": found["seconds"]}
                  for name, found in (("text", text), ("thoughts", scores))},
