@@ -778,7 +778,7 @@ def test_probes_find_what_is_planted(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole program, on one trained miniature
 
-MINI = ("--digits 2 --accumulate 1 --train-text 150 --train-mixed 40 --train-latent 600 --train-lora 120 "
+MINI = ("--digits 2 --accumulate 1 --train-text 200 --train-mixed 60 --train-latent 800 --train-lora 120 "
         "--train-probes 200 --eval-problems 120 --device cpu").split()
 SHORT = ("--digits 2 --batch-size 4 --accumulate 1 --train-text 3 --train-mixed 1 --train-latent 3 --train-oracle 3 "
          "--train-lora 3 --train-probes 3 --eval-problems 8 --device cpu").split()
@@ -879,7 +879,7 @@ def test_evaluating_again_gives_the_same_figures(mini, tmp_path):
 @pytest.mark.parametrize("args, says", [
     ("--stage eval --thoughts plain", "faithful"), ("--stage eval --seed 1", "has 0"),
     ("--stage lora --digits 2-4", "(2,)"),
-    ("--stage ask --read-layer 1", "0.5"), ("--resume --train-text 7", "150"), ("--stage eval --model gpt2", "tiny"),
+    ("--stage ask --read-layer 1", "0.5"), ("--resume --train-text 7", "200"), ("--stage eval --model gpt2", "tiny"),
     ("--stage probes --resume --train-probes 7", "200"), ("--stage oracle", "KINDS"), ("", "--resume"),
     ("--stage coconut", "--resume"), ("--stage lora", "--resume")])
 def test_contradictions_with_a_run(mini, capsys, args, says):
