@@ -159,7 +159,7 @@ class Config:
     train_latent: int = flag(2400, "the last stage once more, with its ingredients", low=0)
     train_oracle: int = flag(2300, "the fine-tuned self-oracle", low=0)
     train_lora: int = flag(450, "the LoRA oracle", low=0)
-    train_probes: int = flag(1000, "each probe, of 512 readings a step", low=0)
+    train_probes: int = flag(1000, "each probe, of 8 times as many readings a step", low=0)
     # evaluation
     eval_problems: int = flag(1000, "held-out problems, split evenly over --digits")
     split: str = flag("test", "where they come from", ("validation", "test"))
@@ -280,7 +280,8 @@ class Sums:
         return f"{a}+{b}="
 
     def work(self, problem, given={}):
-        """The steps of a problem: as many for all of one size. Without `given`, no exchange."""
+        """The steps of a problem: as many for all of one size. A task that leaves out `given` is
+        never exchanged."""
         return columns(*problem, given)
 
     def say(self, step):
@@ -727,8 +728,9 @@ class Prompt(NamedTuple):
 def think(model, prompt, count, given={}):
     """Think `count` thoughts (Coconut, section 3) -> a list of Thoughts. Gradients pass through.
 
-    given {slot: Thought}: taken as it stands, whatever the problem is. Later thoughts see it and
-    go on from its hidden state. That is what columns() does with a given step.
+    given {slot: Thought}, slots counted from the first thought: taken as it stands, whatever the
+    problem is. Later thoughts see it and go on from its hidden state. That is what columns() does
+    with a given step.
     """
     thoughts, hidden = [], prompt.hidden
     for slot in range(count):
@@ -1143,7 +1145,8 @@ def resume(run, phase, model, optimizers):
     return state["step"]
 
 def fit(run, phase, model, steps, rates, loss_of):
-    """The training loop of every part: linear warm-up over 50 steps, then linear decay to zero.
+    """The training loop of every part: the rate is the lesser of a linear warm-up over 50
+    steps and a linear decay from the first step on.
 
     loss_of(step, rng) -> Loss. Its data is a function of these two.
     """
@@ -1236,17 +1239,17 @@ def coconut_loss(run, model, stage, rng, n=None):
     """Loss of n fresh problems of one size at a stage: cross-entropy of what the model must write,
     its text steps and the answer, never the problem's digits, and the explaining loss.
 
-    Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches the step
-    of one slot is the row before's: its thought in the last stage, its text in mixed ones. What is
-    trained is the sum worked with that step given; later thoughts are thought anew. Thoughts are
-    exchanged once they carry the answer: from the first latent stage on, it wrecks the learning.
+    Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches, but for
+    stage 0, the step of one slot is the row before's: its thought in the last stage, its text in
+    mixed ones. What is trained is the sum worked with that step given; later thoughts are thought
+    anew. Thoughts are exchanged in the last stage alone: before, it wrecks the learning.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)
     works = work_all(task, problems)
     n_text, count = plan(run, len(works[0]), stage)
     slot, given = None, {}
-    may_give = {"0": 0, "all": count}.get(stage, n_text)  # slots from the first one on
+    may_give = {"0": 0, "all": count}.get(stage, n_text)  # so many slots: nothing, thoughts, text
     if kind.exchange and run.exchanges and may_give and rng.random() < 0.5:
         # the last one twice as often: half of a final carry's exchanges change nothing
         slot = min(int(rng.integers(may_give + 1)), may_give - 1)
@@ -1255,7 +1258,7 @@ def coconut_loss(run, model, stage, rng, n=None):
     T = batch.text_target.shape[1]
     prompt, hidden = encode(run, model, batch, stage, last=max(T, 1))
     if slot is not None and stage == "all":
-        given = dict(enumerate(think(model, prompt, slot + 1)))
+        given = dict(enumerate(think(model, prompt, slot + 1)))  # its own, but for the last
         given[slot] = given[slot].roll()
     thoughts = think(model, prompt, count, given)
     answered, _, _ = model(model.wte(batch.answer), *prompt.for_answer(thoughts))
@@ -1590,8 +1593,9 @@ def donations(run, tests, test, slot, rng):
     yield "iia_same", {slot: [each[rng.integers(len(each))] for each in same]}
 
 def follow(run, oracle, test, slot, patched, hits, by_slot):
-    """With one slot given by another problem: where the answer should be another, and where later
-    steps should, is it? And what does the next thought say, where its step is another?"""
+    """With one slot given by another problem: is the answer right, where it should be another
+    (iia_changed), and where later steps are others (iia_flow)? And does the next thought say its
+    step, where that is another (said_after)?"""
     moved = []
     for row, right in enumerate(as_worked(run, patched)):
         steps, own = patched.works[row], test.works[row]
@@ -1746,10 +1750,11 @@ def figures(section, name=""):
 
 SECTIONS = {"coconut": "answers to held-out problems", "oracle": "the oracle reads",
             "lora": "a LoRA oracle reads", "controls": "controls of the oracle",
-            "probes": "probes find", "causal": "thoughts given: as worked with the steps given"}
+            "probes": "probes find",
+            "causal": "thoughts given: answers as worked so (keep, iia_same: as before)"}
 
 def tables(results):
-    """results.json as text: all of its figures."""
+    """results.json as text: all of its rates, and the costs."""
     lines = []
     for section, title in SECTIONS.items():
         if section in results:
