@@ -31,9 +31,12 @@ Glossary
   stage k   the last k slots are thoughts, those before are text: "0" is all text, "all" the last
   layer l   the residual stream after l blocks: 0 is what enters the first block
   reading   the residual stream of one thought at the layer read
-  oracle    a model that gets a reading injected at <act> and answers a question about it
+  oracle    a model that gets a reading injected at <act> and answers a question about it. The
+            self-oracle is the model that thought it, or a fine-tuned copy
   donor     the problem whose thought is given
   the seed  syvb/cocoracle, the project that this one re-implements
+  iia       interchange accuracy: with a thought given, how often the answer is what the hand-worked
+            sum with the donor's step spells. keep: how often the answer stays the model's own
   a rate    {"exact": share, "n": number, "ci95": interval}, as in results.json
   B batch, T positions of this call, S positions before, C width, V vocabulary, H heads,
   K thoughts, N readings
@@ -131,8 +134,8 @@ def flag(default, help, choices=None, low=1):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every knob. The command line is made of these fields. Larger models take fewer steps in
-    thoughts: parse()."""
+    """What a run can be told. The command line is made of these fields. Larger models take fewer
+    steps in thoughts: parse()."""
     stage: str = flag("all", "what to run; all: everything but ask, in order", (
         "all", "coconut", "probes", "oracle", "lora", "eval", "ask"))
     model: str = flag("tiny", "size of the GPT-2", tuple(SIZES))
@@ -316,8 +319,8 @@ class Sums:
         same = match and len(match[1]) == len(match[2])
         return (int(match[1]), int(match[2])) if same else None
 
-# Thoughts begin, a step ends, the answer begins, a reading goes here. With each, the GPT-2 token
-# whose embedding it starts from.
+# What begins the steps or thoughts, ends a step, begins the answer, and where a reading goes. With
+# each, the GPT-2 token whose embedding it starts from.
 SPECIAL = {"<bot>": ":", "<sep>": ".", "<eot>": " answer", "<act>": " thought"}
 RESERVED = ("<|endoftext|>", *SPECIAL)
 IGNORE = -100  # a target that is not trained on
@@ -364,12 +367,12 @@ class Text:
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
     def __init__(self, task, ranks=None):
-        self.trained, self.held_out = {}, {}  # family: wordings in training, the one of tests
+        self.wordings, self.test_wording = {}, {}  # family: those in training, the one of tests
         families = NOUNS | {field: (f"the value of {field}", field) for field in task.FIELDS}
         for family, nouns in families.items():
             asked = wordings(nouns)
-            self.held_out[family] = asked.pop(len(asked) // 2)
-            self.trained[family] = asked
+            self.test_wording[family] = asked.pop(len(asked) // 2)
+            self.wordings[family] = asked
         self.ranks = ranks or self.own_ranks(task)
         self.special = {name: len(self.ranks) + i for i, name in enumerate(RESERVED)}
         self.enc = tiktoken.Encoding("cocoracle", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
@@ -380,7 +383,7 @@ class Text:
         self.longest = 0  # tokens of a problem, step or answer: see try_out()
 
     def own_ranks(self, task):
-        questions = sum(self.trained.values(), [])
+        questions = sum(self.wordings.values(), [])
         words = set(re.findall(r"[A-Za-z]+", " ".join([*questions, task.words, "Layer"])))
         words |= {" " + word for word in [*words, *"0123456789"]}
         pieces = [bytes([i]) for i in range(256)]
@@ -405,7 +408,7 @@ def try_out(task, text, cfg):
     no training -> whether a step can be given; most steps of a problem; tokens of the longest
     problem, step or answer, where greedy writing gives up; of the longest whole. Raises UserError
     with the method and problem."""
-    found = []
+    measured = []
     for size in cfg.digits:
         problem = f"of size {size}"
         try:
@@ -414,10 +417,10 @@ def try_out(task, text, cfg):
             tests = task.draw(rng_of(0, "held out"), cfg.split, size, 4)
             if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
                 raise UserError(f"draw: {len(drawn)} to train on, {len(tests)} of 4 to test on")
-            like, left = task.work(drawn[0]), 0
+            first, readable_ones = task.work(drawn[0]), 0
             for problem in drawn:
                 steps = task.work(problem)
-                given = task.work(problem, {0: like[0]}) if exchanges else like
+                given = task.work(problem, {0: first[0]}) if exchanges else first
                 written = [task.text(problem), task.spell(steps), *map(task.say, steps)]
                 ids = [text.ids(words) for words in written]
                 plain = [text.enc.decode(part) for part in ids if max(part, default=0) < text.eos]
@@ -425,9 +428,9 @@ def try_out(task, text, cfg):
                 looser = [[*task.looser(words)] for words in (*written, "")]
                 for kept, rule in (
                     (task.size(problem) == size, f"size: not {size}"),
-                    (len(steps) == len(like),
-                     f"work: {len(steps)} steps, of others of its size {len(like)}"),
-                    (given[0] == like[0], "work: a given step must be taken as it stands"),
+                    (len(steps) == len(first),
+                     f"work: {len(steps)} steps, of others of its size {len(first)}"),
+                    (given[0] == first[0], "work: a given step must be taken as it stands"),
                     (plain == written, "text, say and spell: plain text, no special tokens"),
                     (not {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"},
                      "FIELDS has a name that the program uses"),
@@ -435,17 +438,17 @@ def try_out(task, text, cfg):
                     (looser == looser[:1] * len(looser), "looser: the same names, of any text")):
                     if not kept:
                         raise UserError(rule)
-                left += not all(map(task.never_read, steps))
+                readable_ones += not all(map(task.never_read, steps))
                 lengths = [len(part) for part in ids]
                 total = sum(lengths) + len(lengths)
-                found.append((exchanges, len(steps), max(lengths), total))
-            if not left:
+                measured.append((exchanges, len(steps), max(lengths), total))
+            if not readable_ones:
                 raise UserError(f"never_read: leaves nothing to read in size {size}")
         except Exception as e:  # somebody's code raises anything
             method = traceback.extract_tb(e.__traceback__)[-1].name
             told = e if isinstance(e, UserError) else f"{method}: {type(e).__name__}: {e!s:.200}"
             raise UserError(f"the task's {told}: problem {problem!r:.80}") from None
-    return [max(column) for column in zip(*found)]
+    return [max(column) for column in zip(*measured)]
 
 class Run(NamedTuple):
     """What everything needs. Weights and figures live in the folder."""
@@ -885,7 +888,7 @@ def ask(run, oracle, readings, question=None):
     """Greedy answers, a list of text, to one question (default: the step, in the wording kept from
     training) about readings (N, C). Where nothing whitens them, zeros inject nothing."""
     answers, eos, n = [], run.text.eos, len(readings)
-    question = question or run.text.held_out["step"]
+    question = question or run.text.test_wording["step"]
     # a batch of one row would be compiled anew
     readings = readings.expand(2, -1) if n == 1 else readings
     for chunk in readings.tensor_split(math.ceil(n / 1000)):
@@ -901,7 +904,7 @@ def ask(run, oracle, readings, question=None):
 
 def families_of(run, whole=True):
     """Families of questions, the step's first; perhaps without those about the whole problem."""
-    return [family for family in run.text.trained if whole or family not in WHOLE]
+    return [family for family in run.text.wordings if whole or family not in WHOLE]
 
 def truth(task, problem, steps, slot, family):
     """What a question of this family about the thought of a slot should be answered."""
@@ -928,7 +931,7 @@ def draw_questions(run, rng, families, problems, works, low=0):
     others = len(families) - 1
     drawn = rng.choice(families, size=len(works), p=[1 - OTHER * others] + [OTHER] * others)
     # one wording a family and batch: fewer prompts
-    wording = {family: str(rng.choice(run.text.trained[family])) for family in families}
+    wording = {family: str(rng.choice(run.text.wordings[family])) for family in families}
     rows, slots = readable(run.task, rng, works, low)
     questions, targets = [], []
     for n, (family, row) in enumerate(zip(drawn.tolist(), rows)):
@@ -1102,20 +1105,28 @@ def train_step(run, model, optimizers, phase, step, loss_of):
         optimizer.zero_grad(set_to_none=True)
     return stats, batches * len(loss.right)
 
+def read_log(run):
+    """The lines of log.jsonl so far, as objects. Raises UserError on a damaged file."""
+    path = run.out / "log.jsonl"
+    with one_line(path, "delete it"):
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [{**json.loads(line)} for line in lines]
+
 def log(run, phase, step, steps, nats, right, speed, left):
     """One line on the terminal and one object in log.jsonl, of the steps since the last one."""
     print(f"{phase:<11} | step {step:>5}/{steps} | loss {nats:5.3f} | exact {right:4.2f} | "
           f"{speed:5,.0f} ex/s | eta {int(left) // 60}:{int(left) % 60:02d}", flush=True)
     entry = {"phase": phase, "step": step, "steps": steps, "loss": round(nats, 6),
              "exact": round(right, 6), "ex_per_s": round(speed, 1)}
-    with open(run.out / "log.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    lines = [json.dumps(line) + "\n" for line in (*read_log(run), entry)]
+    write_atomic(run.out / "log.jsonl", "".join(lines))
 
 def save_last(run, phase, step, model, optimizers):
     """last.pt: where the run stands, for --resume. Replaced whole."""
     path = run.out / "last.pt"
     state = {"phase": phase, "step": step, "seconds": time.time() - run.start,
-             "params": [p.detach() for p in model.parameters() if p.requires_grad],
+             "params": {name: p.detach() for name, p in model.named_parameters()
+                        if p.requires_grad},
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     with one_line(path, "make room, then --resume"), gpt2_weights.replacing(path) as file:
         torch.save(state, file)
@@ -1131,19 +1142,6 @@ def load_last(run):
             raise ValueError("altered")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
-def resume(run, phase, model, optimizers):
-    """The step that this phase goes on from: 0, or where last.pt stands, whose state is taken."""
-    state = load_last(run)
-    if state.get("phase") != phase:
-        return 0
-    params = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for p, saved in zip(params, state["params"], strict=True):
-            p.copy_(saved)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"]
-
 def fit(run, phase, model, steps, rates, loss_of):
     """The training loop of every part: the rate is the lesser of a linear warm-up over 50
     steps and a linear decay from the first step on.
@@ -1152,7 +1150,12 @@ def fit(run, phase, model, steps, rates, loss_of):
     """
     optimizers = make_optimizers(run, model, rates)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    first = resume(run, phase, model, optimizers)
+    first, last = 0, load_last(run)
+    if last.get("phase") == phase:
+        first = last["step"]
+        model.load_state_dict(last["params"], strict=False)  # a LoRA's base is not among them
+        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
     sums, count, seen = torch.zeros(2, device=run.cfg.device), 0, 0
     begin = logged = saved = time.time()
     for step in range(first, steps):
@@ -1516,17 +1519,15 @@ def oracle_scores(run, oracle, known, never, families):
             said = ask(run, oracle, stack(cases))
             scores[name] = step_scores(task, said, [case.step for case in cases])
     for family in families[1:]:
+        asked = known
         if family in WHOLE:
             asked = [case for case in known if case.slot == len(case.steps) - 1]
         elif family in task.FIELDS:
             asked = [case for case in known if task.fields(case.step) is not None]
-        else:
-            asked = known
-        if not asked:
-            continue
-        gold = [truth(task, case.problem, case.steps, case.slot, family) for case in asked]
-        said = ask(run, oracle, stack(asked), run.text.held_out[family])
-        scores[family] = rate([s == g for s, g in zip(said, gold)])
+        if asked:
+            gold = [truth(task, case.problem, case.steps, case.slot, family) for case in asked]
+            said = ask(run, oracle, stack(asked), run.text.test_wording[family])
+            scores[family] = rate([s == g for s, g in zip(said, gold)])
     return scores
 
 def probe_scores(run, white, known):
@@ -1643,7 +1644,7 @@ def in_words(run, oracle, solved, donors={}):
             "problem": task.text(solved.problems[row]), "answer": solved.answers[row],
             "spelled": task.spell(steps), "steps": [task.say(step) for step in steps],
             "said": [words[row] for words in said],
-            "donors": {slot: task.text(others[row]) for slot, others in donors.items()}})
+            "donors": {str(slot): task.text(others[row]) for slot, others in donors.items()}})
     return views
 
 def examples(run, model, oracle, tests, n=20):
@@ -1765,52 +1766,47 @@ def tables(results):
         lines.append(f"  {name:<40}{cost['tokens']:.1f} positions, {1000 * cost['seconds']:.2f} ms")
     return "\n".join(lines)
 
-STYLE = """:root { color-scheme: light dark; --line: light-dark(#ccc, #555) }
+STYLE = """:root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem }
-h1 + p { font-size: 1.15rem } h2 { margin: 2rem 0 .3rem; font-size: 1.1rem }
-table { border-collapse: collapse } table, pre { font: .85rem/1.4 ui-monospace, monospace }
-th, td { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid var(--line) }
-.given { background: light-dark(#ffe8b3, #5a4300) } .moved { background: light-dark(#cfe9f5, #134) }
+h1 + p { font-size: 1.15rem } pre { font: .85rem/1.4 ui-monospace, monospace }
+section { display: flex; flex-wrap: wrap; gap: 0 2rem }
 figure { display: inline-block; margin: 0 1.5rem 1rem 0; width: 12rem; font-size: .75rem }
 svg { overflow: visible; fill: none }"""
 
+def as_text(view):
+    """A problem of in_words(), thought by thought beside the hand-worked one -> lines."""
+    wrong = "" if view["answer"] == view["spelled"] else f"   ! by hand {view['spelled']}"
+    lines = [f"{view['problem']}{view['answer']}{wrong}",
+             f"slot  {'worked by hand':<26}the thought says"]
+    for slot, (step, said) in enumerate(zip(view["steps"], view["said"])):
+        donor = view["donors"].get(str(slot))
+        note = f"   <- of {donor}" if donor else ""
+        lines.append(f"{slot:<6}{step:<24}  {said}{'   !' * (step != said)}{note}")
+    return lines
+
 def html_example(view):
-    """One problem thought by thought, and beside it the same with one thought given."""
-    other, names = view.get("exchanged"), ["slot", "worked by hand", "its thought says"]
-    rows = [[str(slot), *cells] for slot, cells in enumerate(zip(view["steps"], view["said"]))]
-    rows.append(["answer", view["spelled"], view["answer"]])
-    classes = [""] * len(rows)
-    if other:
-        ((given, donor),) = other["donors"].items()
-        names += [f"with slot {given} given by {donor}", "its thought says"]
-        for slot, (step, said) in enumerate(zip(other["steps"], other["said"])):
-            rows[slot] += [step, said]
-            moved = "moved" if step != view["steps"][slot] else ""
-            classes[slot] = "given" if str(slot) == str(given) else moved
-        rows[-1] += [other["spelled"], other["answer"]]
-    parts = [f"<h2>{html.escape(view['problem'] + view['answer'])}</h2><table><tr>"]
-    parts += [f"<th>{html.escape(name)}" for name in names]
-    for cells, name in zip(rows, classes):
-        parts.append(f"<tr class='{name}'>")
-        parts += [f"<td>{html.escape(cell)}" for cell in cells]
-    return "".join(parts) + "</table>"
+    """A problem, and beside it the same with one thought given, what this changes marked."""
+    own, parts = as_text(view), ["<section>"]
+    for shown in [view, view["exchanged"]] if "exchanged" in view else [view]:
+        parts.append("<pre>")
+        for line, before in zip(as_text(shown), own):
+            line, changed = html.escape(line), line != before
+            parts.append(f"<mark>{line}</mark>\n" if changed else f"{line}\n")
+        parts.append("</pre>")
+    return "".join(parts) + "</section>"
 
 def html_curve(phase, entries):
-    """Share right (solid) and loss (dashed, of its highest) of a phase's training batches."""
-    highest, lines = max(entry["loss"] for entry in entries) or 1, ""
-    for key, top, dash in (("exact", 1, 0), ("loss", highest, 2)):
-        points = [f"{100 * entry['step'] / entry['steps']:.0f},{50 - 50 * entry[key] / top:.1f}"
-                  for entry in entries]
-        lines += (f"<polyline points='{' '.join(points)}' stroke='currentColor' "
-                  f"stroke-dasharray='{dash}'/>")
-    return (f"<figure><svg viewBox='0 0 100 50'><path d='M0 0V50H100' stroke='gray'/>{lines}</svg>"
+    """Share right of a phase's training batches, by step."""
+    points = [f"{100 * entry['step'] / entry['steps']:.0f},{50 - 50 * entry['exact']:.1f}"
+              for entry in entries]
+    return ("<figure><svg viewBox='0 0 100 50'><path d='M0 0V50H100' stroke='gray'/>"
+            f"<polyline points='{' '.join(points)}' stroke='currentColor'/></svg>"
             f"{phase}: right {entries[-1]['exact']:.3f}, loss {entries[-1]['loss']:.3f}</figure>")
 
 def page(run, results):
     """report.html: one file that needs no other."""
     phases = defaultdict(dict)
-    for line in (run.out / "log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in read_log(run):
         phases[entry["phase"]][entry["step"]] = entry  # the later one, after --resume
     first, *others = [html_example(view) for view in results["examples"]]
     curves = [html_curve(phase, list(entries.values())) for phase, entries in phases.items()]
@@ -1836,15 +1832,6 @@ def problem_of(run, line):
         raise UserError(f"{line[:40]!r} is no command, and no problem of a size that this model "
                         f"knows ({', '.join(map(str, run.cfg.digits))})")
     return problem
-
-def show_chain(run, model, oracle, problem, donors):
-    """A problem in thoughts, beside the hand-worked one."""
-    (view,) = in_words(run, oracle, solve(run, model, [problem], donors), donors)
-    wrong = "" if view["answer"] == view["spelled"] else f"   ! by hand {view['spelled']}"
-    print(f"{view['problem']}{view['answer']}{wrong}\nslot  {'worked by hand':<26}the thought says")
-    for slot, (step, said) in enumerate(zip(view["steps"], view["said"])):
-        note = f"   <- of {view['donors'][slot]}" if slot in donors else ""
-        print(f"{slot:<6}{step:<24}  {said}{'   !' * (step != said)}{note}", flush=True)
 
 def respond(run, model, oracle, line, problem, donors):
     """Do what a line asks for, about the current problem, some of whose thoughts donors give
@@ -1873,7 +1860,8 @@ def respond(run, model, oracle, line, problem, donors):
             raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of "
                             f"{task.text(problem)}: it must be of a problem of that size")
         donors = {slot: found[:1]}
-    show_chain(run, model, oracle, problem, donors)
+    (view,) = in_words(run, oracle, solve(run, model, [problem], donors), donors)
+    print(*as_text(view), sep="\n", flush=True)
     return problem, donors
 
 def ask_loop(run):
@@ -2018,16 +2006,10 @@ def open_run(cfg):
     return Run(cfg, task, text, Path(cfg.out), exchanges, slots)
 
 def make_folder(run):
-    """Make the folder, with config.json; after --resume, drop a line that was cut short."""
+    """Make the folder, with config.json."""
     if run.cfg.pretrained:
         released_weights(run)  # refuses a wrong file before anything is written
-    log_file = run.out / "log.jsonl"
     run.out.mkdir(parents=True, exist_ok=True)
-    with one_line(log_file, "delete it"):
-        lines = log_file.read_text() if log_file.exists() else ""
-        whole = "".join(lines.rpartition("\n")[:2])
-        [*map(json.loads, whole.splitlines())]  # page() reads them
-    write_atomic(log_file, whole)
     if run.cfg.stage != "eval":  # what is measured once more, and how, is not the run's
         write_atomic(run.out / "config.json", json.dumps(run.cfg.knobs, indent=1) + "\n")
 

@@ -443,8 +443,8 @@ def test_tokens():
     text = run_of().text
     pieces = [text.enc.decode([i]) for i in text.ids("347+285=<bot>7+5=12 write 2 carry 1<sep>")]
     assert pieces == [*"347+285=", "<bot>", *"7+5=12", " write", " 2", " carry", " 1", "<sep>"]
-    for family in text.trained:
-        for question in text.trained[family]:
+    for family in text.wordings:
+        for question in text.wordings[family]:
             assert len(text.ids(question)) <= len(question.split()) + 1
     for s in ("naïve ≠ 12\n x", "What's 9?", ""):
         assert text.show([*text.ids(s), text.eos, 5]) == s
@@ -454,9 +454,9 @@ def test_tokens():
 def test_questions_of_the_tests_are_not_trained():
     """The wording kept for tests is in no training list, of any family, and families do not share a wording."""
     text = run_of().text
-    trained = sum(text.trained.values(), [])
-    assert set(text.held_out) == {"step", "slot", "answer", "problem", *co.Sums.FIELDS}
-    assert len(set(trained)) == len(trained) and not set(trained) & set(text.held_out.values())
+    trained = sum(text.wordings.values(), [])
+    assert set(text.test_wording) == {"step", "slot", "answer", "problem", *co.Sums.FIELDS}
+    assert len(set(trained)) == len(trained) and not set(trained) & set(text.test_wording.values())
 
 def test_batch():
     """Prefix, text targets and answer of a batch: targets are the next tokens, the harness feeds what follows <sep>."""
@@ -481,10 +481,10 @@ def test_questions_of_a_batch():
     fields; every family is asked, the step most."""
     run, seen = run_of("--digits", 2), []
     problems = [(47, 85), (31, 22)] * 300
-    works, families = [run.task.work(p) for p in problems], list(run.text.trained)
+    works, families = [run.task.work(p) for p in problems], list(run.text.wordings)
     questions, targets, rows, slots = co.draw_questions(run, co.rng_of(0), families, problems, works)
     for question, target, row, slot in zip(questions, targets, rows, slots):
-        (family,) = [f for f in families if question in run.text.trained[f]]
+        (family,) = [f for f in families if question in run.text.wordings[f]]
         seen.append(family)
         step = works[row][slot]
         want = {"step": run.task.say(step), "slot": str(slot), "answer": ["132", "53"][row % 2],
@@ -542,7 +542,7 @@ def test_consult_equals_plain_prompts():
     place."""
     run = run_of()
     model, text = rough(run), run.text
-    questions = [text.trained["step"][0], text.trained["slot"][5], text.trained["step"][0]]
+    questions = [text.wordings["step"][0], text.wordings["slot"][5], text.wordings["step"][0]]
     vectors = torch.randn(3, 96)
     targets = ["7+5=12 write 2 carry 1", "2", "4+4=8 write 8"]
     loss, right = co.oracle_loss(run, model, questions, targets, vectors)
@@ -707,9 +707,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
         (run.out / "results.json").write_text("{\"a\": ")
         with pytest.raises(co.UserError, match="results.json"):
             co.record(run, a=1)
-        (run.out / "log.jsonl").write_bytes(b"\xff\n")
+        (run.out / "log.jsonl").write_text("3\n")
         with pytest.raises(co.UserError, match="log.jsonl"):
-            co.make_folder(run)
+            co.read_log(run)
     assert co.load_last(run) == {}  # without --resume it is not looked at
     with pytest.raises(co.UserError, match="last.pt is damaged"):
         co.load_last(run._replace(cfg=dataclasses.replace(run.cfg, resume=True)))
@@ -860,7 +860,7 @@ def test_results_have_the_schema(mini):
                      "results.json", "report.html"}
     assert f"{r['oracle']['step']['exact_no_final']:.1%} of" in printed and "report.html" in printed
     page = (out / "report.html").read_text()
-    assert "with slot 1 given by" in page and "polyline" in page and "src=" not in page and "http" not in page
+    assert "<mark>" in page and "&lt;- of " in page and "polyline" in page and "src=" not in page and "http" not in page
 
 def test_evaluating_again_gives_the_same_figures(mini, tmp_path):
     """--stage eval on a copy gives the figures of the whole run, apart from seconds; on validation other problems."""
@@ -901,7 +901,7 @@ def test_ask(mini):
     """A problem, a question in words, a swap and a set: answer and later thoughts follow as the worked sum says."""
     out, _, _ = mini
     told, err, code = asked(out, "47 + 85", "? 0 What is the slot of this step?", "swap 0 31+22",
-                            "set 0 9+9=18 write 8 carry 1", f"? 0 {co.load(out)[0].text.held_out['step']}")
+                            "set 0 9+9=18 write 8 carry 1", f"? 0 {co.load(out)[0].text.test_wording['step']}")
     assert code == 0 and err == "" and told.endswith("\n9+9=18 write 8 carry 1\n")  # asked what was given
     own, swapped, put_in = told.split("47+85=")[1:4]
     assert own.startswith("132") and "0     7+5=12 write 2 carry 1" in own and "\n0\n" in own
@@ -945,7 +945,7 @@ def test_from_pretrained_loads_what_is_saved(mini):
             assert near(ours.logits(ours(ours.wte(ids))[0]), theirs(ids).logits)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "coconut")
     mixed = "347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x"
-    for s in (*mixed, *run.text.held_out.values()):
+    for s in (*mixed, *run.text.test_wording.values()):
         assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
 
 @pytest.mark.parametrize("kind", ["none", "plain", *(pytest.param(kind, marks=TORTURE) for kind in (
@@ -1129,7 +1129,7 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     for row, like in zip(range(50257, 50261), co.SPECIAL.values()):
         assert torch.equal(wte[row], theirs.transformer.wte.weight[run.text.ids(like)[0]])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/coconut")
-    for s in ("347 + 285 = 632, <bot>7+5<sep>", "It's 1234 naïve\n\n  x", run.text.held_out["step"]):
+    for s in ("347 + 285 = 632, <bot>7+5<sep>", "It's 1234 naïve\n\n  x", run.text.test_wording["step"]):
         assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "shapes", "heads", "encoding", "nowhere"])

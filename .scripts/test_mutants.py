@@ -74,7 +74,7 @@ def test_what_is_said_of_which_vectors():
     model, text, readings = wordy(run), run.text, torch.randn(3, 96)
     white = co.Whitener(torch.randn(200, 96) * 5)
     for oracle, question in (co.Oracle(model), None), (co.Oracle(model, white), "Why?"):
-        head = text.ids(f"{question or text.held_out['step']} Layer 2:<act>")
+        head = text.ids(f"{question or text.test_wording['step']} Layer 2:<act>")
         vectors = white(readings) if oracle.white else readings
         for row, said in enumerate(co.ask(run, oracle, readings, question)):
             injection, written = co.Injection(vectors[row:row + 1], len(head) - 1, 1), []
@@ -161,7 +161,7 @@ def test_donations_and_what_follows(monkeypatch):
     co.follow(run, None, one, 0, other, hits, defaultdict(list))
     assert len(hits["iia_flow"]) == 1 and not hits["said_after"]
     views = co.examples(run, None, None, tests, n=6)  # the middle slot is given
-    assert [list(view["exchanged"]["donors"]) for view in views] == [[1]] * 6
+    assert [list(view["exchanged"]["donors"]) for view in views] == [["1"]] * 6
 
 def test_what_an_oracle_s_step_trains(monkeypatch):
     """Three steps of four go half as far as the longest text; a quarter of a fine-tuned oracle's, of no LoRA's,
@@ -198,9 +198,12 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
 
     monkeypatch.setattr(co, "time", SimpleNamespace(time=lambda: seconds[0]))
     monkeypatch.setattr(co, "train_step", step)
-    monkeypatch.setattr(co, "resume", lambda *args: 40)
+    model = torch.nn.Linear(2, 2)
+    states = [optimizer.state_dict() for optimizer in co.make_optimizers(run, model, run.cfg.rates["text"])]
+    last = {"phase": "x", "step": 40, "params": {}, "optimizers": states}
+    monkeypatch.setattr(co, "load_last", lambda run: last)
     monkeypatch.setattr(co, "log", lambda run, phase, *line: lines.append(line))
-    train(run, 230, model=torch.nn.Linear(2, 2))
+    train(run, 230, model=model)
     want = [(step, 230, 1.5, 0.5, 32.0, 2.0 * (230 - step)) for step in (100, 200, 230)]
     assert np.allclose(lines, want)
 
