@@ -25,8 +25,8 @@ Papers: Coconut (arXiv 2412.06769), Activation Oracles (2512.15674), interchange
 training (2112.00826), LoRA (2106.09685).
 
 Glossary
-  step      one line of text chain of thought, `7+5=12 write 2 carry 1`
-  thought   one latent position: its input is the last hidden state of the position before
+  step      one line of text chain of thought, `7+5=12 write 2 carry 1`; in training, an update
+  thought   one latent position: its input is the hidden state after ln_f of the position before
   slot      index of a step or thought in its problem (D digits make D+1, the last the final carry)
   stage k   the last k slots are thoughts, those before are text: "0" is all text, "all" the last
   layer l   the residual stream after l blocks: 0 is what enters the first block
@@ -34,7 +34,11 @@ Glossary
   oracle    a model that gets a reading injected at <act> and answers a question about it. The
             self-oracle is the model that thought it, or a fine-tuned copy
   donor     the problem whose thought is given
-  the seed  syvb/cocoracle, the project that this one re-implements
+  size      of a problem: the digits of an operand. All problems of a batch have the same
+  coconut   the model that has gone through all stages; the base: after stage 0, or released
+  reader    an oracle or a probe. It never sees readings of steps that are never read (section 3)
+  part      of the program, what --stage names: coconut, probes, oracle, lora, eval, ask
+  original  syvb/cocoracle, the project that this one re-implements
   iia       interchange accuracy: with a thought given, how often the answer is what the hand-worked
             sum with the donor's step spells. keep: how often the answer stays the model's own
   a rate    {"exact": share, "n": number, "ci95": interval}, as in results.json
@@ -72,6 +76,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+# The file beside this one, of GPT-2's released files. one_line(what, advice) turns any error within
+# into a UserError, of one line; write_atomic() replaces a file whole.
 import gpt2_weights
 from gpt2_weights import UserError, one_line, read_safetensors, write_atomic, write_safetensors
 
@@ -90,34 +96,36 @@ SIZES |= {name: Size(*size) for name, size in gpt2_weights.SIZES.items()}
 
 class Kind(NamedTuple):
     """What thoughts are made of."""
-    thoughts: bool = True  # in place of steps (else: nothing in their place)
-    pause: bool = False  # each is fed one learned vector (else: the last hidden state)
+    latent: bool = True  # thoughts in place of steps (else: nothing in their place)
+    pause: bool = False  # each is fed the embedding of <bot> (else: the last hidden state)
     bottleneck: bool = False  # in the last stage the answer sees the thoughts alone
-    explain: bool = False  # live thoughts are trained to let the model say their step
+    explain: bool = False  # thoughts are trained to let the model say their step
     exchange: bool = False  # another problem gives a step: as text, in the last stage as a thought
 
 KINDS = {
-    "none": Kind(thoughts=False),  # Coconut's "w/o thought": steps dropped
+    "none": Kind(latent=False),  # Coconut's "w/o thought": steps dropped
     "pause": Kind(pause=True),  # more positions, no content
-    "plain": Kind(),  # Coconut, and the seed
+    "plain": Kind(),  # Coconut, and the original
     "bottleneck": Kind(bottleneck=True),
-    "explained": Kind(bottleneck=True, explain=True),  # SIM-CoT, SELR
+    "explained": Kind(bottleneck=True, explain=True),  # SIM-CoT (2509.20317)
     "faithful": Kind(bottleneck=True, explain=True, exchange=True),
 }
 
-class Rates(NamedTuple):
-    """Peak learning rates of AdamW, and of Muon on the blocks' matrices (0: AdamW), and decay."""
+class Recipe(NamedTuple):
+    """Peak learning rates of AdamW, and of Muon on the blocks' matrices (0: AdamW too), and weight
+    decay."""
     adam: float
     muon: float
     decay: float
 
-# By phase, for width 96: AdamW's rates go with 1 / width, Muon's are the same for all (its steps
-# are orthogonal), and steps in thoughts go with 1 / sqrt(width). So much decay in the last stage
-# leaves more in a plain thought to read. Released weights take the same: on a stand-in for them,
-# AdamW at 1e-4 (Coconut's) reached 0.368 of the answers where these reach 0.998 (README).
-RATES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Rates(3e-3, 0.02, 0.01)),
-         "last": Rates(3e-3, 0.01, 0.3)}
-PROBE_RATES = Rates(5e-3, 0.0, 0.01)
+# By kind of training, for tiny's width. AdamW's rates go with 1 / width, Muon's are the same for
+# all (its updates are orthogonal), and the number of updates in stages with thoughts goes with
+# 1 / sqrt(width). So much decay in the last stage leaves more in a plain thought to read. Released
+# weights take the same: on a small model trained on English, a stand-in for them, AdamW at 1e-4
+# (Coconut's) reached 0.368 of the answers where these reach 0.998 (README).
+RECIPES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Recipe(3e-3, 0.02, 0.01)),
+         "last": Recipe(3e-3, 0.01, 0.3)}
+PROBE_RECIPE = Recipe(5e-3, 0.0, 0.01)
 AGAIN = 0.15  # share of the last stage's batches that repeat stage 0: text on demand
 EXPLAIN = 0.3  # weight of the explaining loss
 REHEARSAL = 0.25  # share of a fine-tuned oracle's batches that repeat the coconut's own task too
@@ -183,9 +191,10 @@ class Config:
         return SIZES[self.model]
 
     @property
-    def rates(self):
-        return {phase: rates._replace(adam=rates.adam * 96 / self.size.width)
-                for phase, rates in RATES.items()}
+    def recipes(self):
+        tiny, width = SIZES["tiny"].width, self.size.width
+        return {name: recipe._replace(adam=recipe.adam * tiny / width)
+                for name, recipe in RECIPES.items()}
 
     @property
     def knobs(self):
@@ -196,7 +205,7 @@ class Config:
 
     @property
     def layer(self):
-        """The layer read. A reading is added one layer before, as in the seed."""
+        """The layer read. A reading is added one layer before, as in the original."""
         return math.ceil(self.read_layer * self.size.layers)
 
 # --------------------------------------------------------------------------------------------------
@@ -326,7 +335,7 @@ RESERVED = ("<|endoftext|>", *SPECIAL)
 IGNORE = -100  # a target that is not trained on
 
 # Families of questions about a thought; each field of a step makes one more. WHOLE: about the whole
-# problem, asked of the last thought, as in the seed.
+# problem, asked of the last thought, as in the original.
 NOUNS = {
     "step": ("the intermediate calculation", "the calculation", "this calculation"),
     "slot": ("the slot", "the number of the slot"),
@@ -367,7 +376,7 @@ class Text:
     PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
     def __init__(self, task, ranks=None):
-        self.wordings, self.test_wording = {}, {}  # family: those in training, the one of tests
+        self.wordings, self.test_wording = {}, {}  # family: those trained on, the one that never is
         families = NOUNS | {field: (f"the value of {field}", field) for field in task.FIELDS}
         for family, nouns in families.items():
             asked = wordings(nouns)
@@ -527,9 +536,9 @@ class Attention(nn.Module):
         """What the last positions find, (B, last, C), before c_proj; new keys and values.
 
         qkv (B, T, 3C); past: keys and values of segments, each (B, H, S, C/H); mask bool
-        (B|1, 1, last, S+T), or None: plain causal attention.
+        (B|1, 1, last, S+T), or None: causal attention, or one query that sees all.
         """
-        B, T, width = qkv.shape
+        B, T, _ = qkv.shape
         q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
         new = k, v
         if past:
@@ -537,7 +546,7 @@ class Attention(nn.Module):
             v = torch.cat([values for _, values in past] + [v], dim=2)
         causal = mask is None and last > 1
         y = F.scaled_dot_product_attention(q[:, :, T - last:], k, v, mask, is_causal=causal)
-        return y.transpose(1, 2).reshape(B, last, width // 3), new
+        return y.transpose(1, 2).reshape(B, last, -1), new
 
 class MLP(nn.Module):
     def __init__(self, width):
@@ -549,7 +558,7 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 def rows_of(x):
-    """(B, T, C) -> (B T, C), no view in autograd's books: views of all kinds compile anew."""
+    """(B, T, C) -> (B T, C), not recorded as a view: torch.compile compiles anew for each kind."""
     return torch.ops.aten._unsafe_view(x.contiguous(), (-1, x.shape[-1]))
 
 class Block(nn.Module):
@@ -731,20 +740,21 @@ class Prompt(NamedTuple):
 def think(model, prompt, count, given={}):
     """Think `count` thoughts (Coconut, section 3) -> a list of Thoughts. Gradients pass through.
 
-    given {slot: Thought}, slots counted from the first thought: taken as it stands, whatever the
-    problem is. Later thoughts see it and go on from its hidden state. That is what columns() does
-    with a given step.
+    given {slot: Thought}: taken as it stands, whatever the problem is, as columns() takes a given
+    step: with keys and values from its own problem, which is not itself attended to. Later thoughts
+    see it and go on from its hidden state. (In the last stage alone: there thought i is slot i.)
     """
     thoughts, hidden = [], prompt.hidden
     for slot in range(count):
         if slot in given:
-            thoughts.append(given[slot])
+            thought = given[slot]
         else:
             x = hidden if prompt.pause is None else prompt.pause.expand_as(hidden)
             past = [*prompt.past, *(earlier.seen for earlier in thoughts)]
-            hidden, seen, stream = model(x, past, prompt.end + slot)
-            thoughts.append(Thought(seen, hidden, stream[:, 0]))
-        hidden = thoughts[-1].hidden
+            state, seen, stream = model(x, past, prompt.end + slot)
+            thought = Thought(seen, state, stream[:, 0])
+        thoughts.append(thought)
+        hidden = thought.hidden
     return thoughts
 
 def readings_of(thoughts):
@@ -754,7 +764,7 @@ def readings_of(thoughts):
 def plan(run, slots, stage):
     """A stage ("0", "1", ..., "all") of problems of so many slots -> text steps, thoughts."""
     latent = slots if stage == "all" else min(int(stage), slots)
-    return slots - latent, (latent if run.cfg.kind.thoughts else 0)
+    return slots - latent, (latent if run.cfg.kind.latent else 0)
 
 def encode(run, model, batch, stage="all", last=1):
     """Read a batch -> Prompt, and the last hidden states (B, last, C)."""
@@ -789,7 +799,7 @@ def write(model, prompt, stop, limit, times=1):
 def think_through(run, model, problems, given={}, stage="all"):
     """Problems of one size, read and thought as at a stage, whose text steps the model writes
     itself -> Prompt, list of Thoughts."""
-    works = [run.task.work(problem) for problem in problems]
+    works = [run.task.work(problem) for problem in problems]  # their number alone is used
     n_text, count = plan(run, len(works[0]), stage)
     with evaluating(run, model):
         prompt, _ = encode(run, model, make_batch(run, problems, works, 0), stage)
@@ -853,29 +863,30 @@ def consult(run, model, questions, vectors, said):
     """Ask questions, one a row, about readings (B, C), and go on with the tokens said (B, T') after
     them -> hidden states from <act> on (B, 1 + T', C), segments, the next position (B, 1).
 
-    A prompt is the question and <act>. (The seed's has the question last. First, each different one
-    is computed once.) All end at the same position. Where they did not, steps were learnt anew for
-    each length of question.
+    A prompt is the question and <act>: so a question that many rows ask is computed once, and its
+    keys and values are shared. (In the original the question comes last.) <act> is at the same
+    position for all: where it was not, saying was learnt anew for each length of question.
     """
     number = {question: n for n, question in enumerate(dict.fromkeys(questions))}
-    heads = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
-    ids = put(pad(heads, run.text.eos, left=True), said.device)
-    valid, end = ids != run.text.eos, run.cfg.size.positions // 8
-    begin = end - valid.sum(1, keepdim=True)
-    # one row alone, as of one question with last=1, would be compiled anew
+    asked = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
+    ids = put(pad(asked, run.text.eos, left=True), said.device)
+    valid = ids != run.text.eos
+    act_at = run.cfg.size.positions // 8  # a question has fewer tokens: respond()
+    begin = act_at - valid.sum(1, keepdim=True)
+    # last=2, of which nothing is used: a tensor of one row would be compiled anew
     _, segment, _ = model(model.wte(ids), (), begin, valid, last=2)
     which = put([number[question] for question in questions], said.device)
     # index_select: on a CPU the backward of x[which] sums in any order, so that runs would differ
     segment = segment.map(lambda x: x.index_select(0, which))
     tail = F.pad(said, (1, 0), value=run.text.act)
     injection = Injection(vectors, place=0, layer=max(run.cfg.layer - 1, 0))
-    end = torch.full_like(tail[:, :1], end)
-    hidden, new, _ = model(model.wte(tail), [segment], end, inject=injection)
-    return hidden, [segment, new], end + tail.shape[1]
+    begin = torch.full_like(tail[:, :1], act_at)
+    hidden, new, _ = model(model.wte(tail), [segment], begin, inject=injection)
+    return hidden, [segment, new], begin + tail.shape[1]
 
 def oracle_loss(run, model, questions, targets, vectors, most=None):
     """Nats a token of what should be said (a list of text), at most its first `most` tokens, and
-    (B,) 1. where all of it is right. Built from token ids, never from the length of strings."""
+    (B,) 1. where all of these are right. Built from token ids, never from the length of strings."""
     eos = run.text.eos
     ids = pad([(*run.text.ids(target), eos) for target in targets], IGNORE)
     target = put(ids[:, :most], vectors.device)
@@ -885,8 +896,8 @@ def oracle_loss(run, model, questions, targets, vectors, most=None):
     return token_loss(logits, target), all_right(logits, target)
 
 def ask(run, oracle, readings, question=None):
-    """Greedy answers, a list of text, to one question (default: the step, in the wording kept from
-    training) about readings (N, C). Where nothing whitens them, zeros inject nothing."""
+    """Greedy answers, a list of text, to one question (default: the step, in the wording never
+    trained on) about readings (N, C)."""
     answers, eos, n = [], run.text.eos, len(readings)
     question = question or run.text.test_wording["step"]
     # a batch of one row would be compiled anew
@@ -926,8 +937,9 @@ def readable(task, rng, works, low=0):
     return rng.choice(places, size=len(works)).T
 
 def draw_questions(run, rng, families, problems, works, low=0):
-    """Questions about thoughts, one a row: of their step and, in a few rows, of each other family
-    -> questions, targets, rows and slots of the thoughts (the last slot, if about the whole)."""
+    """As many questions as works, about thoughts drawn from them: of their step and, a few, of each
+    other family -> questions, targets, rows and slots of the thoughts (the last slot, if about the
+    whole)."""
     others = len(families) - 1
     drawn = rng.choice(families, size=len(works), p=[1 - OTHER * others] + [OTHER] * others)
     # one wording a family and batch: fewer prompts
@@ -935,10 +947,11 @@ def draw_questions(run, rng, families, problems, works, low=0):
     rows, slots = readable(run.task, rng, works, low)
     questions, targets = [], []
     for n, (family, row) in enumerate(zip(drawn.tolist(), rows)):
-        if family in WHOLE and any(map(run.task.never_read, works[row])):
-            family = "step"
-        elif family in WHOLE:
-            slots[n] = len(works[row]) - 1
+        if family in WHOLE:
+            if any(map(run.task.never_read, works[row])):
+                family = "step"  # the whole problem would tell what is never to be read
+            else:
+                slots[n] = len(works[row]) - 1
         questions.append(wording[family])
         targets.append(truth(run.task, problems[row], works[row], slots[n], family))
     return questions, targets, rows, slots
@@ -982,10 +995,10 @@ def released_weights(run):
     return {**weights, "wte.weight": torch.cat([wte, wte[like]])}
 
 def new_model(run, weights=None):
-    """A model with the seed's random weights, or with these. With --compile the blocks are
-    compiled in place, which leaves the state dict's names alone."""
+    """A model with random weights, a function of --seed, or with these. With --compile the blocks
+    are compiled in place, which leaves the state dict's names alone."""
     cfg = run.cfg
-    # Without memory for what is replaced, but small ones are spared the 1.4 s of imports of "meta".
+    # "meta" allocates nothing for weights that are replaced. Its first use imports for 1.4 s.
     with torch.device("meta" if weights and cfg.size.width >= 768 else "cpu"):
         torch.manual_seed(cfg.seed)
         model = GPT(run.text.n_vocab, *cfg.size, cfg.layer)
@@ -1034,8 +1047,8 @@ class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose steps are made orthogonal by 5 Newton-Schulz steps (Jordan
     et al. 2024), in the precision of training. torch.optim.Muon does the same in bfloat16 alone,
     which most CPUs emulate: 60% of tiny's step. A step is scaled by sqrt(rows / columns) where
-    there are more rows: in GPT-2's layout, (in, out), in the MLP's second matrix. All rates were
-    found so."""
+    there are more rows: in GPT-2's layout, (in, out), in the MLP's second matrix. All recipes
+    were found so."""
 
     def __init__(self, params, lr, weight_decay, dtype):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -1072,19 +1085,19 @@ class Muon(torch.optim.Optimizer):
             x = torch.baddbmm(x, inner, x, beta=3.4445)
         return x.mT if tall else x
 
-def make_optimizers(run, model, rates):
+def make_optimizers(run, model, recipe):
     """AdamW, and Muon on the blocks' matrices where its rate is not 0."""
     matrices, rest, optimizers = [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            is_matrix = rates.muon and p.ndim == 2 and name.startswith("h.")
+            is_matrix = recipe.muon and p.ndim == 2 and name.startswith("h.")
             (matrices if is_matrix else rest).append(p)
     if rest:
         optimizers.append(torch.optim.AdamW(
-            rest, lr=rates.adam, betas=(0.9, 0.98), weight_decay=rates.decay, fused=True))
+            rest, lr=recipe.adam, betas=(0.9, 0.98), weight_decay=recipe.decay, fused=True))
     if matrices:
         dtype = getattr(torch, run.cfg.dtype)
-        optimizers.append(Muon(matrices, rates.muon, rates.decay, dtype))
+        optimizers.append(Muon(matrices, recipe.muon, recipe.decay, dtype))
     return optimizers
 
 def train_step(run, model, optimizers, phase, step, loss_of):
@@ -1142,19 +1155,19 @@ def load_last(run):
             raise ValueError("altered")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
-def fit(run, phase, model, steps, rates, loss_of):
+def fit(run, phase, model, steps, recipe, loss_of):
     """The training loop of every part: the rate is the lesser of a linear warm-up over 50
     steps and a linear decay from the first step on.
 
     loss_of(step, rng) -> Loss. Its data is a function of these two.
     """
-    optimizers = make_optimizers(run, model, rates)
+    optimizers = make_optimizers(run, model, recipe)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    first, last = 0, load_last(run)
-    if last.get("phase") == phase:
-        first = last["step"]
-        model.load_state_dict(last["params"], strict=False)  # a LoRA's base is not among them
-        for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+    first, checkpoint = 0, load_last(run)
+    if checkpoint.get("phase") == phase:
+        first = checkpoint["step"]
+        model.load_state_dict(checkpoint["params"], strict=False)  # a LoRA's base is not among them
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     sums, count, seen = torch.zeros(2, device=run.cfg.device), 0, 0
     begin = logged = saved = time.time()
@@ -1174,7 +1187,7 @@ def fit(run, phase, model, steps, rates, loss_of):
 
 def load_json(path):
     """The object in a JSON file, {} without one. Raises UserError on a damaged file."""
-    with one_line(path, "restore it, or choose another --out"):
+    with one_line(path, "restore it, or choose another --out"):  # and {**x} on what is no object
         return {**json.loads(path.read_text())} if path.exists() else {}
 
 def record(run, *place, **entries):
@@ -1224,10 +1237,11 @@ def work_all(task, problems, donors={}):
     return works
 
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
-    """Nats a token of what the model says, asked as an oracle is, of as many live thoughts as
-    problems: unwhitened, not detached. works: their steps, the last ones of which are thoughts.
-    slot: the one given, or None; half of the time only it and later ones are asked about.
-    (SIM-CoT, arXiv 2509.20317, has a decoder of its own for this.)"""
+    """Nats a token of what the model says, asked as an oracle is, of as many of its thoughts as
+    there are problems: unwhitened, and with gradients into them. works: the steps trained on, a
+    given one included; the last ones are thoughts. slot: the one given, or None; half of the time
+    only it and later ones are asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its own.)
+    """
     n_text = len(works[0]) - len(thoughts)
     low = n_text if slot is None or rng.random() < 0.5 else max(slot, n_text)
     asked = sum([steps[low:] for steps in works], [])
@@ -1252,34 +1266,35 @@ def coconut_loss(run, model, stage, rng, n=None):
     works = work_all(task, problems)
     n_text, count = plan(run, len(works[0]), stage)
     slot, given = None, {}
-    may_give = {"0": 0, "all": count}.get(stage, n_text)  # so many slots: nothing, thoughts, text
+    # slots of which one may be given: none in stage 0, thoughts in the last stage, else text steps
+    may_give = 0 if stage == "0" else count if stage == "all" else n_text
     if kind.exchange and run.exchanges and may_give and rng.random() < 0.5:
-        # the last one twice as often: half of a final carry's exchanges change nothing
+        # the last twice as often: as a thought it is the final carry, which is often the same
         slot = min(int(rng.integers(may_give + 1)), may_give - 1)
         works = work_all(task, problems, {slot: rows_before(problems)})
     batch = make_batch(run, problems, works, n_text, slot)
-    T = batch.text_target.shape[1]
-    prompt, hidden = encode(run, model, batch, stage, last=max(T, 1))
+    n_targets = batch.text_target.shape[1]  # of text: 0 in the last stage
+    prompt, hidden = encode(run, model, batch, stage, last=max(n_targets, 1))
     if slot is not None and stage == "all":
-        given = dict(enumerate(think(model, prompt, slot + 1)))  # its own, but for the last
-        given[slot] = given[slot].roll()
+        own = think(model, prompt, slot + 1)  # as far as that slot: not thought twice
+        given = {**dict(enumerate(own)), slot: own[slot].roll()}
     thoughts = think(model, prompt, count, given)
     answered, _, _ = model(model.wte(batch.answer), *prompt.for_answer(thoughts))
     # logits only where they are used
-    logits = model.logits(torch.cat([hidden[:, hidden.shape[1] - T:], answered], dim=1))
+    logits = model.logits(torch.cat([hidden[:, :n_targets], answered], dim=1))
     total = nats = token_loss(logits, torch.cat([batch.text_target, batch.answer_target], dim=1))
     if kind.explain and count:
         total = nats + EXPLAIN * explain_loss(run, model, rng, problems, works, thoughts, slot)
-    return Loss(total, nats, all_right(logits[:, T:], batch.answer_target))
+    return Loss(total, nats, all_right(logits[:, n_targets:], batch.answer_target))
 
 def held_out(run, most, n=None):
     """The problems of every evaluation, or about n of them, in batches of one size, of at most so
     many."""
     cfg, batches = run.cfg, []
     n = min(n or cfg.eval_problems, cfg.eval_problems)
-    n = max(4, math.ceil(n / len(cfg.digits)))  # exchanges need three other problems
+    each = max(4, math.ceil(n / len(cfg.digits)))  # exchanges need three other problems
     for size in cfg.digits:
-        problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), cfg.split, size, n)
+        problems = run.task.draw(rng_of(cfg.seed, cfg.split, size), cfg.split, size, each)
         parts = math.ceil(len(problems) / most)
         batches += [problems[part::parts] for part in range(parts)]
     return batches
@@ -1291,6 +1306,7 @@ class Solved(NamedTuple):
     prompt: Prompt
     thoughts: list
     answers: list  # the model's
+    donors: dict = {}  # {slot: as many problems, whose thoughts, and steps, are given}
 
 def solve(run, model, problems, donors={}, stage="all"):
     """Think problems and work them by hand. At the last stage, the thoughts, and steps, of some
@@ -1299,7 +1315,8 @@ def solve(run, model, problems, donors={}, stage="all"):
     given = {slot: think_through(run, model, others)[1][slot] for slot, others in donors.items()}
     works = work_all(run.task, problems, donors)
     prompt, thoughts = think_through(run, model, problems, given, stage=stage)
-    return Solved(problems, works, prompt, thoughts, answer(run, model, prompt, thoughts))
+    answers = answer(run, model, prompt, thoughts)
+    return Solved(problems, works, prompt, thoughts, answers, donors)
 
 def as_worked(run, solved):
     """Whether each answer is what the hand-worked steps spell."""
@@ -1333,13 +1350,13 @@ def train_coconut(run):
     for stage in names[names.index(reached) if reached in names else 0:]:
         if stage != reached:
             record(run, "coconut", "stages", stage, at_switch=stage_scores(run, model, stage, 200))
-        recipe, steps = stages[stage]
+        name, steps = stages[stage]
 
         def loss_of(step, rng):
             again = stage == "all" and rng.random() < AGAIN
             return coconut_loss(run, model, "0" if again else stage, rng)
 
-        fit(run, f"coconut {stage}", model, steps, cfg.rates[recipe], loss_of)
+        fit(run, f"coconut {stage}", model, steps, cfg.recipes[name], loss_of)
         if stage == "0" and not cfg.pretrained:
             save_model(run, "base", model)
         scores = stage_scores(run, model, stage)
@@ -1348,7 +1365,7 @@ def train_coconut(run):
     save_model(run, "coconut", model)
 
 # --------------------------------------------------------------------------------------------------
-# 9. Oracles that are trained: the seed's self-oracle, and LoRA
+# 9. Oracles that are trained: the original's self-oracle, and LoRA
 
 def whitener_of(run, model):
     """The Whitener of a model's thoughts: a function of the model and of training problems."""
@@ -1375,7 +1392,7 @@ def pool_of(run, model, each=512, life=32):
         return problems, work_all(run.task, problems), torch.cat(readings)
 
     def draw(step, rng, n):
-        shares = 2.0 ** np.arange(len(sizes))  # long problems are learnt later
+        shares = 2.0 ** np.arange(len(sizes))  # more of long problems: they are learnt later
         size = int(rng.choice(sizes, p=shares / shares.sum()))
         problems, works, readings = made(size, step // life)
         rows = rng.integers(len(problems), size=n)
@@ -1385,7 +1402,7 @@ def pool_of(run, model, each=512, life=32):
     return draw
 
 def train_oracle(run, name="oracle"):
-    """The seed's self-oracle: the coconut, fine-tuned to read the thoughts of its frozen former
+    """The original's self-oracle: the coconut, fine-tuned to read the thoughts of its frozen former
     self. Or "lora", a separate, frozen base model with an adapter, on the same data."""
     cfg, lora = run.cfg, name == "lora"
     draw = pool_of(run, load_model(run, "coconut"))
@@ -1397,20 +1414,21 @@ def train_oracle(run, name="oracle"):
         problems, works, readings = draw(step, rng, cfg.batch_size)
         questions, targets, rows, slots = draw_questions(
             run, rng, families_of(run), problems, works)
-        # Operands come first and are learnt last: three steps of four go no further than half of
-        # the longest text (of sums: 600 steps in 28 s in place of 33, as good).
+        # Operands stand first and are learnt last: three updates of four go no further than half of
+        # the longest text (of sums: 600 in 28 s in place of 33, as good). What the log calls exact
+        # is of that half.
         most = max(1, run.text.longest // 2) if step % 4 else None
         vectors = pick(readings, rows, slots)
         loss, right = oracle_loss(run, model, questions, targets, vectors, most)
         total = loss
         if not lora and rng.random() < REHEARSAL:
-            # All thoughts: after text alone (as in the seed) no problem was still solved in
+            # All thoughts: after text alone (as in the original) no problem was still solved in
             # thoughts. Added to the loss, since every step of Muon is as large as any other.
             total = loss + coconut_loss(run, model, "all", rng, math.ceil(cfg.batch_size / 4)).total
         return Loss(total, loss, right)
 
     steps = cfg.train_lora if lora else cfg.train_oracle
-    fit(run, name, model, steps, cfg.rates[name], loss_of)
+    fit(run, name, model, steps, cfg.recipes[name], loss_of)
     save_model(run, name, model)
 
 def self_oracle(run, coconut):
@@ -1427,7 +1445,9 @@ PROBES = {"linear": 0, "mlp": 512}  # name: width of the hidden layer
 def new_probes(run):
     """By name: classifiers of all fields of a step, side by side."""
     width, probes = run.cfg.size.width, nn.ModuleDict()
-    for name, hidden in PROBES.items() if run.task.FIELDS else ():
+    if not run.task.FIELDS:
+        return probes
+    for name, hidden in PROBES.items():
         torch.manual_seed(run.cfg.seed)
         body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
         head = nn.Linear(hidden or width, sum(run.task.FIELDS.values()))
@@ -1435,8 +1455,8 @@ def new_probes(run):
     return probes.to(run.cfg.device)
 
 def field_hits(run, probe, readings, steps):
-    """Readings (N, C) and their steps -> cross-entropy, (N, fields) bool: found. What a step has no
-    fields of counts as found."""
+    """Readings (N, C) and their steps -> cross-entropy, (N, fields) bool: found. A step
+    without fields counts as found."""
     labels = []
     for step in steps:
         fields = run.task.fields(step) or dict.fromkeys(run.task.FIELDS, IGNORE)
@@ -1450,7 +1470,8 @@ def field_hits(run, probe, readings, steps):
 
 def train_probes(run):
     """Linear probes, and probes with one hidden layer."""
-    # probes take so many readings a step that a small pool would be learnt by heart
+    # One large pool, never made anew: probes take so many readings that a small one would be learnt
+    # by heart.
     draw, probes = pool_of(run, load_model(run, "coconut"), each=8000, life=2**31), new_probes(run)
     for name, probe in probes.items():
         def loss_of(step, rng):
@@ -1460,15 +1481,15 @@ def train_probes(run):
             loss, hits = field_hits(run, probe, pick(readings, rows, slots), steps)
             return Loss(loss, loss, hits.all(dim=1).float())
 
-        fit(run, f"probes {name}", probe, run.cfg.train_probes, PROBE_RATES, loss_of)
+        fit(run, f"probes {name}", probe, run.cfg.train_probes, PROBE_RECIPE, loss_of)
     write_safetensors(run.out / "probes.safetensors", probes.state_dict())
 
 # --------------------------------------------------------------------------------------------------
 # 11. Evaluation: rates, readings and their controls, thoughts given
 
 class Case(NamedTuple):
-    """A held-out thought: its reading (C,), that of the problem before in the same slot, and what
-    it is of."""
+    """A held-out thought: its reading (C,), the one that the row before has in the same slot (whose
+    step may be the same: that control is not quite 0), and what it is of."""
     reading: torch.Tensor
     other: torch.Tensor
     problem: object
@@ -1494,7 +1515,7 @@ def stack(cases):
 def step_scores(task, said, steps):
     """What was said of thoughts, against the steps that they stand for -> scores.
 
-    token_f1: of the sets of white-space-separated words, as the seed counts it.
+    token_f1: of the sets of white-space-separated words, as the original counts it.
     """
     gold = [task.say(step) for step in steps]
     inner = np.array([task.fields(step) is not None for step in steps])
@@ -1512,7 +1533,7 @@ def step_scores(task, said, steps):
     return scores
 
 def oracle_scores(run, oracle, known, never, families):
-    """All questions, each in the wording kept from training -> {family: scores or a rate}."""
+    """All questions, each in the wording never trained on -> {family: scores or a rate}."""
     task, scores = run.task, {}
     for name, cases in (("step", known), ("never_read", never)):
         if cases:
@@ -1554,12 +1575,12 @@ def majority(run, size):
     return [seen[slot].most_common(1)[0][0] for slot in sorted(seen)]
 
 def control_scores(run, oracle, known):
-    """The same question with no thought, with noise, with another problem's thought of the same
-    slot, and by always saying the slot's most frequent step -> {name: scores}."""
+    """What is said of the step with nothing injected, with noise, with another problem's thought of
+    the same slot, and by always saying the slot's most frequent step -> {name: scores}."""
     vectors = stack(known)
     other = torch.stack([case.other for case in known])
     noise = rng_of(run.cfg.seed, "noise").standard_normal(vectors.shape)
-    blind = Oracle(oracle.model)  # zeros and noise stand for prepared readings
+    blind = Oracle(oracle.model)  # nothing is whitened: zeros stay zeros, and inject nothing
     most = {size: majority(run, size) for size in run.cfg.digits}
     said = {"none": ask(run, blind, torch.zeros_like(vectors)),
             "random": ask(run, blind, put(noise, vectors.device)),
@@ -1596,7 +1617,7 @@ def donations(run, tests, test, slot, rng):
 def follow(run, oracle, test, slot, patched, hits, by_slot):
     """With one slot given by another problem: is the answer right, where it should be another
     (iia_changed), and where later steps are others (iia_flow)? And does the next thought say its
-    step, where that is another (said_after)?"""
+    step, where that is another, and not one that is never read (said_after)?"""
     moved = []
     for row, right in enumerate(as_worked(run, patched)):
         steps, own = patched.works[row], test.works[row]
@@ -1613,7 +1634,13 @@ def follow(run, oracle, test, slot, patched, hits, by_slot):
             hits["said_after"].append(said == run.task.say(patched.works[row][slot + 1]))
 
 def causal_scores(run, model, oracle, tests):
-    """What answers and later thoughts do when thoughts are given -> the section "causal"."""
+    """What answers and later thoughts do when thoughts are given -> the section "causal".
+
+    Answers that stay as they were: keep mean, with all thoughts the mean ones of the batch; keep
+    swap, with all those of the row before; iia_same. Answers as worked with the steps given: iia,
+    iia_two, iia_three, iia_size (see donations()). Of the cases of iia, iia_changed and iia_flow,
+    and the words said_after: see follow(). by_slot: iia_changed.
+    """
     rng = rng_of(run.cfg.seed, "donors")
     keep, hits, by_slot = defaultdict(list), defaultdict(list), defaultdict(list)
     for test in tests:
@@ -1635,16 +1662,17 @@ def causal_scores(run, model, oracle, tests):
     scores = {"keep": rates_of(keep), **rates_of(hits)}
     return {**scores, "by_slot": rates_of(by_slot)} if run.exchanges else scores
 
-def in_words(run, oracle, solved, donors={}):
+def in_words(run, oracle, solved):
     """Solved problems as ask and the report show them -> a dict for each."""
     task, views = run.task, []
     said = [ask(run, oracle, thought.reading) for thought in solved.thoughts]
     for row, steps in enumerate(solved.works):
+        donors = {str(slot): task.text(others[row]) for slot, others in solved.donors.items()}
         views.append({
             "problem": task.text(solved.problems[row]), "answer": solved.answers[row],
             "spelled": task.spell(steps), "steps": [task.say(step) for step in steps],
             "said": [words[row] for words in said],
-            "donors": {str(slot): task.text(others[row]) for slot, others in donors.items()}})
+            "donors": donors})
     return views
 
 def examples(run, model, oracle, tests, n=20):
@@ -1655,13 +1683,14 @@ def examples(run, model, oracle, tests, n=20):
         views = in_words(run, oracle, solve(run, model, problems))
         if run.exchanges and test.thoughts:
             donors = {(len(test.thoughts) - 1) // 2: rows_before(problems)}
-            patched = in_words(run, oracle, solve(run, model, problems, donors), donors)
+            patched = in_words(run, oracle, solve(run, model, problems, donors))
             views = [{**own, "exchanged": other} for own, other in zip(views, patched)]
         found += views
     return found
 
 def forced(run, model, tests):
-    """Answers right when their own digits are given, as others measure -> list of bool."""
+    """Answers right by teacher forcing, as other papers measure: each token after the true ones
+    before it -> list of bool."""
     right = []
     for test in tests:
         batch = make_batch(run, test.problems, test.works, 0)
@@ -1674,6 +1703,7 @@ def environment(cfg):
     """Versions and hardware, for results.json."""
     gpu = cfg.device == "cuda"
     device = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
+    # a shell, so that a missing git is no exception
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True, check=False).stdout.strip()
     return {"torch": torch.__version__, "device": device, "git": git}
@@ -1681,6 +1711,7 @@ def environment(cfg):
 def evaluate(run):
     """Everything that is measured on held-out problems -> results.json."""
     coconut, kind = load_model(run, "coconut"), run.cfg.kind
+    # a Solved for each batch, that is for each size; everything below is measured on these
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
     scores = stage_scores(run, coconut)  # once the model is warm, for its seconds
     text, oracle = stage_scores(run, coconut, "0"), None
@@ -1688,9 +1719,9 @@ def evaluate(run):
         "cost": {name: {"tokens": found["tokens"], "seconds": found["seconds"]}
                  for name, found in (("text", text), ("thoughts", scores))},
         "config": run.cfg.knobs, "env": environment(run.cfg)}
-    if kind.thoughts:
+    if kind.latent:
         oracle = self_oracle(run, coconut)
-        white = whitener_of(run, coconut)
+        white = oracle.white or whitener_of(run, coconut)
         lora = Oracle(load_model(run, "lora"), white)
         known, never = cases_of(run.task, tests)
         asked = families_of(run, whole=not kind.explain)
@@ -1716,7 +1747,7 @@ def headline(results):
     best, kind = results["coconut"]["stages"]["all"], KINDS[results["config"]["thoughts"]]
     split = results["config"]["split"]
     told = f"{best['exact']:.1%} of {best['n']} {split} problems are answered right"
-    if not kind.thoughts:
+    if not kind.latent:
         return told + ", without thoughts."
     step, controls, causal = results["oracle"]["step"], results["controls"], results["causal"]
     reader = "the model itself" if kind.explain else "the oracle"
@@ -1827,7 +1858,10 @@ set 1 4+8=12 write 2 carry 1   give it a thought that says this, of a problem fo
 
 def problem_of(run, line):
     """The problem that was typed. Raises UserError."""
-    problem = run.task.typed(line)
+    try:
+        problem = run.task.typed(line)
+    except Exception:  # somebody's code raises anything
+        problem = None
     if problem is None or run.task.size(problem) not in run.cfg.digits:
         raise UserError(f"{line[:40]!r} is no command, and no problem of a size that this model "
                         f"knows ({', '.join(map(str, run.cfg.digits))})")
@@ -1858,9 +1892,10 @@ def respond(run, model, oracle, line, problem, donors):
             found = [other for other in drawn if task.say(task.work(other)[slot]) == words]
         if not run.exchanges or not found or task.size(found[0]) != size:
             raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of "
-                            f"{task.text(problem)}: it must be of a problem of that size")
+                            f"{task.text(problem)}: it must be of a problem of that size, "
+                            "and of a task whose work() takes given steps")
         donors = {slot: found[:1]}
-    (view,) = in_words(run, oracle, solve(run, model, [problem], donors), donors)
+    (view,) = in_words(run, oracle, solve(run, model, [problem], donors))
     print(*as_text(view), sep="\n", flush=True)
     return problem, donors
 
@@ -1951,7 +1986,7 @@ def parse(argv):
 
 def parts_of(cfg):
     """The parts of a whole run, in order."""
-    if not cfg.kind.thoughts:
+    if not cfg.kind.latent:
         return ["coconut", "eval"]
     return ["coconut", "probes", *["oracle"] * (not cfg.kind.explain), "lora", "eval"]
 
@@ -1970,7 +2005,7 @@ def check(cfg):
          "--device cuda: torch finds no GPU: use --device cpu"),
         (cfg.resume and not started,
          f"--resume: there is no run in {out}: leave --resume out to start one"),
-        (stage not in ("all", *parts) and (stage != "ask" or not cfg.kind.thoughts),
+        (stage not in ("all", *parts) and (stage != "ask" or not cfg.kind.latent),
          f"--stage {stage}: not for --thoughts {cfg.thoughts}, see KINDS"),
         (again and not cfg.resume,
          f"{out} already has that: --resume goes on with a run, another --out keeps both"),
@@ -2038,7 +2073,7 @@ def main(argv=None):
         write_atomic(run.out / "report.html", page(run, results))
         print(f"{tables(results)}\n\n{headline(results)}\n{results['seconds']['total']:.0f} s in "
               f"all on {results['env']['device']}. Next:\n  open {run.out / 'report.html'}")
-        if cfg.kind.thoughts:
+        if cfg.kind.latent:
             print(f"  python cocoracle.py --stage ask --out {run.out}")
 
 def load(out, device="auto"):

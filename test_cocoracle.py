@@ -585,7 +585,7 @@ def test_muon_equals_torch_s(dtype):
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 96), (96, 24), (24, 96))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     blocks = torch.nn.ModuleDict({"h": torch.nn.ParameterList(ours)})
-    (a,) = co.make_optimizers(run_of("--dtype", dtype), blocks, co.Rates(0, 0.02, 0.1))
+    (a,) = co.make_optimizers(run_of("--dtype", dtype), blocks, co.Recipe(0, 0.02, 0.1))
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     begin = [p.detach().clone() for p in ours]
     for _ in range(5):
@@ -601,7 +601,7 @@ def train(run, steps=12, phase="x", loss_of=None, model=None):
     """A short fit() in run.out, with what is decided afresh in each: model, optimizers."""
     model = model or co.new_model(run)
     run.out.mkdir(exist_ok=True)
-    co.fit(run, phase, model, steps, run.cfg.rates["text"], loss_of or (
+    co.fit(run, phase, model, steps, run.cfg.recipes["text"], loss_of or (
         lambda step, rng: co.coconut_loss(run, model, "2", rng)))
     return model
 
@@ -1123,7 +1123,7 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
     r = short(tmp_path / "run", "--model", "gpt2", "--weights", str(tmp_path / "weights"), "--batch-size", "2")
     assert r["oracle"]["step"]["n"]
     run = run_of("--stage", "eval", out=tmp_path / "run")
-    assert run.text.n_vocab == 50261 and run.cfg.size == (2, 4, 32, 1024) and 8e-3 < run.cfg.rates["text"].adam < 0.01
+    assert run.text.n_vocab == 50261 and run.cfg.size == (2, 4, 32, 1024) and 8e-3 < run.cfg.recipes["text"].adam < 0.01
     assert [run.text.enc.decode([i]) for i in run.text.ids("347 12")] == ["3", "4", "7", " 1", "2"]
     wte = co.load_model(run, "base").wte.weight
     for row, like in zip(range(50257, 50261), co.SPECIAL.values()):

@@ -76,7 +76,7 @@ def measure(run, model, peaks, loss_of=None):
     cfg, gpu = run.cfg, run.cfg.device == "cuda"
     call = counted = partial(answers, run, model)
     if loss_of:
-        call = partial(train, run, model, co.make_optimizers(run, model, cfg.rates["text"]), loss_of)
+        call = partial(train, run, model, co.make_optimizers(run, model, cfg.recipes["text"]), loss_of)
         counted = partial(train, run, model, [], loss_of)
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -92,7 +92,7 @@ def measure(run, model, peaks, loss_of=None):
 def main(argv):
     cfg = co.parse(["--thoughts", "plain", *argv, "--out", "/dev/null"])  # no run is looked at
     co.check(cfg)
-    if not cfg.kind.thoughts:
+    if not cfg.kind.latent:
         raise co.UserError("--thoughts none: choose thoughts")
     cfg = dataclasses.replace(cfg, digits=(max(cfg.digits),))
     run = co.open_run(cfg)

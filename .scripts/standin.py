@@ -74,7 +74,7 @@ def make(out, minutes, most=12e6):
     run = co.Run(cfg, None, None, out, False, 0)
     torch.manual_seed(0)
     model = co.GPT(len(ranks) + 1, LAYERS, HEADS, WIDTH, POSITIONS, read=0)
-    optimizers = co.make_optimizers(run, model, co.Rates(3e-3 * 96 / WIDTH, 0.02, 0.01))
+    optimizers = co.make_optimizers(run, model, co.Recipe(3e-3 * 96 / WIDTH, 0.02, 0.01))
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     begin, step, rng = time.time(), 0, np.random.default_rng(0)
     while (done := (time.time() - begin) / (60 * minutes)) < 1 or not step:
@@ -102,7 +102,7 @@ def make(out, minutes, most=12e6):
 
 def adamw(argv):
     """cocoracle.py with Coconut's rates, AdamW alone at 1e-4 -> its exit code."""
-    co.RATES = dict.fromkeys(co.RATES, co.Rates(1e-4 * WIDTH / 96, 0.0, 0.01))
+    co.RECIPES = dict.fromkeys(co.RECIPES, co.Recipe(1e-4 * WIDTH / 96, 0.0, 0.01))
     return co.command_line(argv)
 
 def main(argv):

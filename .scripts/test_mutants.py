@@ -199,7 +199,7 @@ def test_what_a_log_line_says(tmp_path, monkeypatch):
     monkeypatch.setattr(co, "time", SimpleNamespace(time=lambda: seconds[0]))
     monkeypatch.setattr(co, "train_step", step)
     model = torch.nn.Linear(2, 2)
-    states = [optimizer.state_dict() for optimizer in co.make_optimizers(run, model, run.cfg.rates["text"])]
+    states = [optimizer.state_dict() for optimizer in co.make_optimizers(run, model, run.cfg.recipes["text"])]
     last = {"phase": "x", "step": 40, "params": {}, "optimizers": states}
     monkeypatch.setattr(co, "load_last", lambda run: last)
     monkeypatch.setattr(co, "log", lambda run, phase, *line: lines.append(line))

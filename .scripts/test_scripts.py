@@ -204,7 +204,7 @@ def test_training_keeps_to_its_device(monkeypatch, kind):
             loss.total.backward()
             assert loss.right.device.type == model.wte.weight.grad.device.type == "meta"
         problems = run.task.draw(co.rng_of(0), co.TRAIN, 3, 4)
-        if run.cfg.kind.thoughts:
+        if run.cfg.kind.latent:
             readings = torch.stack([thought.reading for thought in co.think_through(run, model, problems)[1]], dim=1)
             works = [run.task.work(problem) for problem in problems]
             questions, targets, *where = co.draw_questions(run, co.rng_of(1), ["step", "slot"], problems, works)
@@ -244,11 +244,11 @@ def test_a_stand_in_for_released_weights(tmp_path, monkeypatch):
     flags = ["--model", "gpt2", "--weights", str(tmp_path / "weights"), "--device", "cpu", "--digits", "2"]
     run = run_of(*flags)
     weights = co.read_safetensors(tmp_path / "weights/model.safetensors", co.shapes_of(run, 50257))
-    assert run.cfg.size == (2, 1, 32, 128) and run.cfg.rates["last"].muon == 0.01
+    assert run.cfg.size == (2, 1, 32, 128) and run.cfg.recipes["last"].muon == 0.01
     assert torch.equal(co.released_weights(run)["wte.weight"][:50257], weights["wte.weight"])
     used = []
-    monkeypatch.setattr(co, "RATES", co.RATES)  # put back afterwards
-    monkeypatch.setattr(co, "train_coconut", lambda run: used.append(run.cfg.rates))
+    monkeypatch.setattr(co, "RECIPES", co.RECIPES)  # put back afterwards
+    monkeypatch.setattr(co, "train_coconut", lambda run: used.append(run.cfg.recipes))
     monkeypatch.setitem(co.PARTS, "coconut", (co.train_coconut, "coconut/model.safetensors"))
     args = [*flags, "--stage", "coconut", "--out", str(tmp_path / "run")]
     assert script.main(["make", str(tmp_path / "weights"), "1"]) == script.main(["make"]) == script.main([]) == 2
