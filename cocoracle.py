@@ -36,7 +36,7 @@ Glossary
   donor     the problem whose thought is given
   size      of a problem: the digits of an operand. All problems of a batch have the same
   coconut   the model that has gone through all stages; the base: after stage 0, or released
-  reader    an oracle or a probe. It never sees readings of steps that are never read (section 3)
+  reader    an oracle or a probe; in training it sees no reading of a step that is never_read()
   part      of the program, what --stage names: coconut, probes, oracle, lora, eval, ask
   original  syvb/cocoracle, the project that this one re-implements
   iia       interchange accuracy: with a thought given, how often the answer is what the hand-worked
@@ -1711,7 +1711,7 @@ def environment(cfg):
 def evaluate(run):
     """Everything that is measured on held-out problems -> results.json."""
     coconut, kind = load_model(run, "coconut"), run.cfg.kind
-    # a Solved for each batch, that is for each size; everything below is measured on these
+    # a Solved for each batch of one size; everything below is measured on these
     tests = [solve(run, coconut, problems) for problems in held_out(run, 500)]
     scores = stage_scores(run, coconut)  # once the model is warm, for its seconds
     text, oracle = stage_scores(run, coconut, "0"), None
@@ -1818,13 +1818,18 @@ def as_text(view):
 def html_example(view):
     """A problem, and beside it the same with one thought given, what this changes marked."""
     own, parts = as_text(view), ["<section>"]
-    for shown in [view, view["exchanged"]] if "exchanged" in view else [view]:
+    for shown in filter(None, (view, view.get("exchanged"))):
         parts.append("<pre>")
         for line, before in zip(as_text(shown), own):
-            line, changed = html.escape(line), line != before
-            parts.append(f"<mark>{line}</mark>\n" if changed else f"{line}\n")
+            escaped = html.escape(line)
+            parts.append(f"{escaped}\n" if line == before else f"<mark>{escaped}</mark>\n")
         parts.append("</pre>")
     return "".join(parts) + "</section>"
+
+def steps_changed(view):
+    """How many steps of a problem, worked by hand, the given thought changes."""
+    pairs = zip(view["steps"], view.get("exchanged", view)["steps"])
+    return sum(own != now for own, now in pairs)
 
 def html_curve(phase, entries):
     """Share right of a phase's training batches, by step."""
@@ -1839,7 +1844,9 @@ def page(run, results):
     phases = defaultdict(dict)
     for entry in read_log(run):
         phases[entry["phase"]][entry["step"]] = entry  # the later one, after --resume
-    first, *others = [html_example(view) for view in results["examples"]]
+    # first the one that shows most, chosen by hand-worked steps, not by what the model made of it
+    views = sorted(results["examples"], key=steps_changed, reverse=True)
+    first, *others = [html_example(view) for view in views]
     curves = [html_curve(phase, list(entries.values())) for phase, entries in phases.items()]
     about = json.dumps({**results["config"], **results["env"]})
     return "\n".join([
