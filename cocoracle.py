@@ -126,8 +126,8 @@ class Recipe(NamedTuple):
 RECIPES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Recipe(3e-3, 0.02, 0.01)),
          "last": Recipe(3e-3, 0.01, 0.3)}
 PROBE_RECIPE = Recipe(5e-3, 0.0, 0.01)
-AGAIN = 0.15  # share of the last stage's batches that repeat stage 0: text on demand
-EXPLAIN = 0.3  # weight of the explaining loss
+AGAIN = 0.15  # share of the last stage's batches that repeat stage 0, half as large: text on demand
+EXPLAIN = 0.5  # weight of the explaining loss
 REHEARSAL = 0.25  # share of a fine-tuned oracle's batches that repeat the coconut's own task too
 OTHER = 0.02  # share of a reader's questions in each family but the first, the step
 SCALE = 2.0  # of an injected reading, relative to the state it is added to
@@ -166,8 +166,8 @@ class Config:
     batch_size: int = flag(32, "problems (or readings) in a batch, all of one size", low=2)
     accumulate: int = flag(2, "batches in a step, each of its own problems and size")
     train_text: int = flag(250, "stage 0, all text", low=0)
-    train_mixed: int = flag(100, "stage 1; stage k takes k times as many", low=0)
-    train_latent: int = flag(2400, "the last stage once more, with its ingredients", low=0)
+    train_mixed: int = flag(90, "stage 1; stage k takes k times as many", low=0)
+    train_latent: int = flag(2200, "the last stage, all thoughts, with all ingredients", low=0)
     train_oracle: int = flag(2300, "the fine-tuned self-oracle", low=0)
     train_lora: int = flag(450, "the LoRA oracle", low=0)
     train_probes: int = flag(1000, "each probe, of 8 times as many readings a step", low=0)
@@ -1103,12 +1103,14 @@ def make_optimizers(run, model, recipe):
 def train_step(run, model, optimizers, phase, step, loss_of):
     """One update by the losses of some batches -> [nats, share right], examples. loss_of(step, rng)
     -> Loss, of one batch. Raises UserError where the gradient is not finite."""
-    batches, stats = run.cfg.accumulate, torch.zeros(2, device=run.cfg.device)
+    batches, examples = run.cfg.accumulate, 0
+    stats = torch.zeros(2, device=run.cfg.device)
     for batch in range(batches):
         with precision(run, model):
             loss = loss_of(step, rng_of(run.cfg.seed, phase, step, batch))
         (loss.total / batches).backward()
         stats += torch.stack([loss.nats.detach(), loss.right.mean()]) / batches
+        examples += len(loss.right)
     params = [p for p in model.parameters() if p.requires_grad]
     if not nn.utils.clip_grad_norm_(params, 1.0).isfinite():
         raise UserError("a gradient is not finite: --resume with --dtype float32, or begin again "
@@ -1116,7 +1118,7 @@ def train_step(run, model, optimizers, phase, step, loss_of):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return stats, batches * len(loss.right)
+    return stats, examples
 
 def read_log(run):
     """The lines of log.jsonl so far, as objects. Raises UserError on a damaged file."""
@@ -1237,11 +1239,13 @@ def work_all(task, problems, donors={}):
     return works
 
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
-    """Nats a token of what the model says, asked as an oracle is, of as many of its thoughts as
-    there are problems: unwhitened, and with gradients into them. works: the steps trained on, a
-    given one included; the last ones are thoughts. slot: the one given, or None; half of the time
-    only it and later ones are asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its own.)
+    """Nats a token of what the model says, asked as an oracle is, of thoughts of every second
+    problem (as good as of all, and a step takes a quarter less): unwhitened, and with gradients
+    into them. works: the steps trained on, a given one included; the last ones are thoughts. slot:
+    the one given, or None; half of the time only it and later ones are asked about. (SIM-CoT,
+    arXiv 2509.20317, has a decoder of its own.)
     """
+    problems, works = problems[::2], works[::2]
     n_text = len(works[0]) - len(thoughts)
     low = n_text if slot is None or rng.random() < 0.5 else max(slot, n_text)
     asked = sum([steps[low:] for steps in works], [])
@@ -1249,7 +1253,7 @@ def explain_loss(run, model, rng, problems, works, thoughts, slot):
         return torch.zeros((), device=run.cfg.device)
     families = families_of(run, whole=False)
     questions, targets, rows, slots = draw_questions(run, rng, families, problems, works, low)
-    vectors = pick(readings_of(thoughts), rows, slots - n_text)
+    vectors = pick(readings_of(thoughts)[::2], rows, slots - n_text)
     return oracle_loss(run, model, questions, targets, vectors)[0]
 
 def coconut_loss(run, model, stage, rng, n=None):
@@ -1337,14 +1341,14 @@ def stage_scores(run, model, stage="all", n=None):
             "tokens": tokens / len(every), "seconds": (time.time() - begin) / len(every)}
 
 def train_coconut(run):
-    """The curriculum: text, then the last 1, 2, ... slots as thoughts, and "all": all slots once
-    more, with all ingredients of the kind of thoughts. Each stage is measured before its first
-    step and after its last one."""
+    """The curriculum: text, then the last 1, 2, ... slots as thoughts, and "all": all slots, with
+    all ingredients of the kind of thoughts. Each stage is measured before its first step and after
+    its last one."""
     cfg = run.cfg
     model = new_model(run, released_weights(run) if cfg.pretrained else None)
     if cfg.pretrained and not (run.out / "base" / "model.safetensors").exists():
         save_model(run, "base", model)
-    mixed = {str(k): ("mixed", cfg.train_mixed * k) for k in range(1, run.slots + 1)}
+    mixed = {str(k): ("mixed", cfg.train_mixed * k) for k in range(1, run.slots)}
     stages = {"0": ("text", cfg.train_text), **mixed, "all": ("last", cfg.train_latent)}
     names, reached = [*stages], load_last(run).get("phase", "").removeprefix("coconut ")
     for stage in names[names.index(reached) if reached in names else 0:]:
@@ -1353,8 +1357,9 @@ def train_coconut(run):
         name, steps = stages[stage]
 
         def loss_of(step, rng):
-            again = stage == "all" and rng.random() < AGAIN
-            return coconut_loss(run, model, "0" if again else stage, rng)
+            if stage == "all" and rng.random() < AGAIN:
+                return coconut_loss(run, model, "0", rng, math.ceil(cfg.batch_size / 2))
+            return coconut_loss(run, model, stage, rng)
 
         fit(run, f"coconut {stage}", model, steps, cfg.recipes[name], loss_of)
         if stage == "0" and not cfg.pretrained:
