@@ -77,34 +77,33 @@ def figure(results, path):
     return 1000 * found if found is not None and path.endswith(" seconds") else found
 
 def summary(folder, kinds, seeds):
-    """-> {kind: {column: [mean, least, most, of so many]}, with "seeds": those that are finished}."""
+    """-> {kind: {column: {seed: figure}}}, of the runs that are finished."""
     table = {}
     for kind in kinds:
-        done = [seed for seed in seeds if finished(folder / f"{kind}-{seed}")]
-        runs = [co.load_json(folder / f"{kind}-{seed}" / "results.json") for seed in done]
-        table[kind] = {"seeds": done}
+        done = {seed: co.load_json(folder / f"{kind}-{seed}" / "results.json")
+                for seed in seeds if finished(folder / f"{kind}-{seed}")}
         for column, path in COLUMNS.items():
-            found = [figure(results, path) for results in runs]
-            found = [number for number in found if number is not None]
+            found = {str(seed): figure(results, path) for seed, results in done.items()}
+            found = {seed: number for seed, number in found.items() if number is not None}
             if found and (kind != "random" or column[:3] in ("LoR", "lin", "MLP")):
-                table[kind][column] = [sum(found) / len(found), min(found), max(found), len(found)]
-    return {kind: rows for kind, rows in table.items() if rows["seeds"]}
+                table.setdefault(kind, {})[column] = found
+    return table
 
 def markdown(table):
     """A row for each figure, a column for each kind and its n seeds: mean (least to most)."""
-    kinds = list(table)
-    heads = [f"{kind}, n={len(table[kind]['seeds'])}" for kind in kinds]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(kinds) + 1) + "|"]
+    seeds = {kind: max(map(len, columns.values())) for kind, columns in table.items()}
+    lines = ["| | " + " | ".join(f"{kind}, n={n}" for kind, n in seeds.items()) + " |",
+             "|---" * (len(table) + 1) + "|"]
     for column in COLUMNS:
-        cells = []
-        for kind in kinds:
-            numbers, digits = table[kind].get(column), 3
-            if column.split()[-1] in ("s", "ms", "tokens", "thoughts"):
-                digits = 0 if column.endswith(" s") else 1
-            n = len(table[kind]["seeds"])
-            form = "{:.{d}f}" if n == 1 else "{:.{d}f} ({:.{d}f} to {:.{d}f})"
-            form += ", n={}" * bool(numbers and numbers[3] != n)
-            cells.append(form.format(*numbers, d=digits) if numbers else "-")
+        cells, digits = [], 3
+        if column.split()[-1] in ("s", "ms", "tokens", "thoughts"):
+            digits = 0 if column.endswith(" s") else 1
+        for kind, columns in table.items():
+            found = [*columns.get(column, {}).values()]
+            form = "{:.{d}f}" if seeds[kind] == 1 else "{:.{d}f} ({:.{d}f} to {:.{d}f})"
+            form += f", n={len(found)}" * (len(found) != seeds[kind])
+            mean = sum(found) / max(len(found), 1)
+            cells.append(form.format(mean, min(found), max(found), d=digits) if found else "-")
         lines.append(f"| {column} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

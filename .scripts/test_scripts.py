@@ -334,14 +334,15 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narr
     assert script.main(tmp_path, "2", "1", *SHORT) == 0 and len(told) == 1
     assert told[0][0] == "none-2" and "--resume" in told[0]
     table = json.loads((tmp_path / "compare.json").read_text())
-    assert list(table) == ["faithful", "none", "random"] and table["faithful"]["seeds"] == [1, 2]
+    assert list(table) == ["faithful", "none", "random"]
     found = [co.load_json(tmp_path / f"faithful-{seed}/results.json")["causal"]["iia_same"]["exact"] for seed in (1, 2)]
-    assert table["faithful"]["IIA same"] == [sum(found) / 2, min(found), max(found), 2]
+    assert table["faithful"]["IIA same"] == {"1": found[0], "2": found[1]}
     assert "steps read" not in table["none"] and "answers" not in table["random"] and "LoRA" in table["random"]
     base = [(tmp_path / f"{name}-1/base/model.safetensors").read_bytes() for name in ("faithful", "random")]
     coconut = co.load_json(tmp_path / "random-1/config.json")
     assert base[0] == base[1] and coconut["train_latent"] == 0
-    assert "| IIA same | " in (tmp_path / "compare.md").read_text()
+    cell = f"{sum(found) / 2:.3f} ({min(found):.3f} to {max(found):.3f})"
+    assert f"| IIA same | {cell} | - |" in (tmp_path / "compare.md").read_text()
     assert script.main(tmp_path, "1", "1", *SHORT, "--eval-problems", "77") == 1
     assert capsys.readouterr().err.count("was trained with other flags: choose another folder\n") == 3
 
