@@ -36,7 +36,7 @@ Glossary
   donor     the problem whose thought is given
   size      of a problem: the digits of an operand. All problems of a batch have the same
   coconut   the model that has gone through all stages; the base: after stage 0, or released
-  reader    an oracle or a probe; in training it sees no reading of a step that is never_read()
+  reader    an oracle or a probe; in training it is asked about no step that is never_read()
   part      of the program, what --stage names: coconut, probes, oracle, lora, eval, ask
   original  syvb/cocoracle, the project that this one re-implements
   iia       interchange accuracy: with a thought given, how often the answer is what the hand-worked
@@ -447,12 +447,14 @@ def try_out(task, text, cfg):
                     (looser == looser[:1] * len(looser), "looser: the same names, of any text")):
                     if not kept:
                         raise UserError(rule)
-                readable_ones += not all(map(task.never_read, steps))
+                readable_ones += any(
+                    not task.never_read(step) and (task.fields(step) or not task.FIELDS)
+                    for step in steps)
                 lengths = [len(part) for part in ids]
                 total = sum(lengths) + len(lengths)
                 measured.append((exchanges, len(steps), max(lengths), total))
             if not readable_ones:
-                raise UserError(f"never_read: leaves nothing to read in size {size}")
+                raise UserError(f"never_read, fields: nothing to read in size {size}")
         except Exception as e:  # somebody's code raises anything
             method = traceback.extract_tb(e.__traceback__)[-1].name
             told = e if isinstance(e, UserError) else f"{method}: {type(e).__name__}: {e!s:.200}"
@@ -799,7 +801,7 @@ def write(model, prompt, stop, limit, times=1):
 def think_through(run, model, problems, given={}, stage="all"):
     """Problems of one size, read and thought as at a stage, whose text steps the model writes
     itself -> Prompt, list of Thoughts."""
-    works = [run.task.work(problem) for problem in problems]  # their number alone is used
+    works = [run.task.work(problem) for problem in problems]  # only how many steps matters here
     n_text, count = plan(run, len(works[0]), stage)
     with evaluating(run, model):
         prompt, _ = encode(run, model, make_batch(run, problems, works, 0), stage)
@@ -932,7 +934,7 @@ def readable(task, rng, works, low=0):
     for row, steps in enumerate(works):
         for slot in range(low, final + 1):
             if not task.never_read(steps[slot]):
-                # half as many last ones: a final carry has two forms
+                # half as many last ones: of sums, final carries, which have two forms
                 places += [(row, slot)] * (1 if slot == final else 2)
     return rng.choice(places, size=len(works)).T
 
@@ -1101,8 +1103,9 @@ def make_optimizers(run, model, recipe):
     return optimizers
 
 def train_step(run, model, optimizers, phase, step, loss_of):
-    """One update by the losses of some batches -> [nats, share right], examples. loss_of(step, rng)
-    -> Loss, of one batch. Raises UserError where the gradient is not finite."""
+    """One update by the losses of some batches, which count alike whatever their sizes -> [nats,
+    share right], examples. loss_of(step, rng) -> Loss, of one batch. Raises UserError where the
+    gradient is not finite."""
     batches, examples = run.cfg.accumulate, 0
     stats = torch.zeros(2, device=run.cfg.device)
     for batch in range(batches):
@@ -1239,11 +1242,11 @@ def work_all(task, problems, donors={}):
     return works
 
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
-    """Nats a token of what the model says, asked as an oracle is, of thoughts of every second
-    problem (as good as of all, and a step takes a quarter less): unwhitened, and with gradients
-    into them. works: the steps trained on, a given one included; the last ones are thoughts. slot:
-    the one given, or None; half of the time only it and later ones are asked about. (SIM-CoT,
-    arXiv 2509.20317, has a decoder of its own.)
+    """Nats a token of what the model says, asked as an oracle is, of one thought of every second
+    problem (of every one, a step takes a third longer): unwhitened, and with gradients into it.
+    works: the steps trained on, a given one included; the last ones are thoughts. slot: the one
+    given, or None; where it is a thought, half of the time only it and later ones are asked about.
+    (SIM-CoT, arXiv 2509.20317, has a decoder of its own.)
     """
     problems, works = problems[::2], works[::2]
     n_text = len(works[0]) - len(thoughts)
@@ -1261,9 +1264,10 @@ def coconut_loss(run, model, stage, rng, n=None):
     its text steps and the answer, never the problem's digits, and the explaining loss.
 
     Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches, but for
-    stage 0, the step of one slot is the row before's: its thought in the last stage, its text in
-    mixed ones. What is trained is the sum worked with that step given; later thoughts are thought
-    anew. Thoughts are exchanged in the last stage alone: before, it wrecks the learning.
+    those all of text, the step of one slot is the row before's: its thought in the last stage, in
+    mixed ones its text, where there is any. What is trained is the sum worked with that step given;
+    later thoughts are thought anew. Thoughts are exchanged in the last stage alone: before, it
+    wrecks the learning.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)
@@ -1273,7 +1277,7 @@ def coconut_loss(run, model, stage, rng, n=None):
     # slots of which one may be given: none in stage 0, thoughts in the last stage, else text steps
     may_give = 0 if stage == "0" else count if stage == "all" else n_text
     if kind.exchange and run.exchanges and may_give and rng.random() < 0.5:
-        # the last twice as often: as a thought it is the final carry, which is often the same
+        # the last twice as often: of sums, the final carry, which is often the same
         slot = min(int(rng.integers(may_give + 1)), may_give - 1)
         works = work_all(task, problems, {slot: rows_before(problems)})
     batch = make_batch(run, problems, works, n_text, slot)
@@ -1384,13 +1388,15 @@ def whitener_of(run, model):
 def pool_of(run, model, each=512, life=32):
     """Whitened thoughts of fresh problems for readers in training: `each` of every size, made anew
     every `life` steps. -> draw(step, rng, n), a function of the step: n problems of one size, their
-    steps, readings (n, K, C)."""
+    steps, readings (n, K, C). Problems of which nothing may be read are left out."""
     white, sizes = whitener_of(run, model), sorted(run.cfg.digits)
 
     @lru_cache(maxsize=len(sizes))
     def made(size, refill):
         rng = rng_of(run.cfg.seed, "pool", size, refill)
-        problems, readings = run.task.draw(rng, TRAIN, size, each), []
+        drawn, readings = run.task.draw(rng, TRAIN, size, each), []
+        problems = [problem for problem in drawn
+                    if not all(map(run.task.never_read, run.task.work(problem)))]
         for start in range(0, len(problems), 1000):
             _, thoughts = think_through(run, model, problems[start:start + 1000])
             readings.append(white(readings_of(thoughts)))
@@ -1408,7 +1414,7 @@ def pool_of(run, model, each=512, life=32):
 
 def train_oracle(run, name="oracle"):
     """The original's self-oracle: the coconut, fine-tuned to read the thoughts of its frozen former
-    self. Or "lora", a separate, frozen base model with an adapter, on the same data."""
+    self. Or "lora", a separate, frozen base model with an adapter, on thoughts of the same pool."""
     cfg, lora = run.cfg, name == "lora"
     draw = pool_of(run, load_model(run, "coconut"))
     model = load_model(run, "base" if lora else "coconut")
@@ -1764,12 +1770,13 @@ def headline(results):
     if not kind.bottleneck or "iia_changed" not in causal:
         return told + ("But with the mean thought in place of all, "
                        f"{causal['keep']['mean']['exact']:.1%} of the answers stay.")
-    changed, after = causal["iia_changed"], causal.get("said_after", rate([]))
+    changed, after = causal["iia_changed"], causal.get("said_after")
+    said = (f", and the next thought says the new step in {after['exact']:.1%} of {after['n']}"
+            if after else "")
     told += "With" if kind.exchange else "But with"
     return told + (" one thought given by another problem, the answer is what the sum worked so "
                    f"spells in {changed['exact']:.1%} of the {changed['n']} cases that this "
-                   "changes, and the next thought says the new step in "
-                   f"{after['exact']:.1%} of {after['n']}.")
+                   f"changes{said}.")
 
 def figures(section, name=""):
     """Every rate in a section of results.json -> [(name, rate), ...]."""
@@ -2047,6 +2054,9 @@ def open_run(cfg):
         ranks = gpt2_weights.read_bpe(released(cfg, gpt2_weights.BPE_FILES))
     text = Text(task, ranks)
     exchanges, slots, text.longest, total = try_out(task, text, cfg)
+    for asked in sum(text.wordings.values(), []):
+        if len(text.ids(asked)) > cfg.size.positions // 8 - 5:  # as in respond()
+            raise UserError(f"the task's FIELDS: {asked[:60]!r} is too long a question")
     if total > cfg.size.positions:
         raise UserError(f"--digits {max(cfg.digits)}: a problem takes {total} tokens, "
                         f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")

@@ -119,9 +119,12 @@ def main(folder, seeds, jobs, *flags):
         runs += [pool.submit(train, folder, "random", seed, flags) for seed in seeds if "random" in kinds]
     failed = [run.exception() for run in runs if run.exception()]
     table = summary(folder, ORDER, seeds)
+    done = [folder / f"{kind}-{seed}" / "results.json" for kind in ORDER for seed in seeds]
+    versions = {co.load_json(path)["env"]["git"] for path in done if finished(path.parent)}
+    told = markdown(table) + f"\nMeasured by: {', '.join(sorted(versions))}\n"
     co.write_atomic(folder / "compare.json", json.dumps(table, indent=1) + "\n")
-    co.write_atomic(folder / "compare.md", markdown(table))
-    print(markdown(table))
+    co.write_atomic(folder / "compare.md", told)
+    print(told)
     for error in failed:
         print(f"error: {error}", file=sys.stderr)
     return int(bool(failed))

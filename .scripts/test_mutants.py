@@ -356,3 +356,44 @@ def test_a_step_is_given_as_text_too(monkeypatch):
     for step in range(8):
         co.coconut_loss(run, model, "2", co.rng_of(1, step))
         assert made[-1][0][4] is None
+
+@pytest.mark.parametrize("size, stage", [(6, "all"), (5, "all"), (2, "all"), (5, "2")])
+def test_every_second_problem_is_asked_of_its_own_thought(monkeypatch, size, stage):
+    """The explaining loss asks half of the problems, and each reading stands for the step that is to be said, also
+    where it, or one before it, is given. Half as large are the repeated batches of text, in the last stage alone."""
+    run, made, thought, asked = run_of("--digits", 3, "--batch-size", size), [], [], []
+    model, make_batch, think, oracle_loss = rough(run), co.make_batch, co.think, co.oracle_loss
+    monkeypatch.setattr(co, "make_batch", lambda *args: made.append(args) or make_batch(*args))
+    monkeypatch.setattr(co, "think", lambda *args: thought.append(think(*args)) or thought[-1])
+    monkeypatch.setattr(co, "oracle_loss", lambda *args: asked.append(args[2:]) or oracle_loss(*args))
+    monkeypatch.setattr(co, "truth", lambda task, problem, steps, slot, _: f"{problem} {slot} {task.say(steps[slot])}")
+    for step in range(12):
+        co.coconut_loss(run, model, stage, co.rng_of(1, step))
+        _, problems, works, n_text, _ = made[-1]
+        _, targets, vectors = asked[-1]
+        readings = co.readings_of(thought[-1])
+        assert len(targets) == len(vectors) == (size + 1) // 2
+        for target, vector in zip(targets, vectors):
+            assert target in [f"{problem} {slot} {run.task.say(works[row][slot])}"
+                              for row, problem in enumerate(problems) if row % 2 == 0 for slot in range(n_text, 4)
+                              if torch.equal(vector, readings[row, slot - n_text])]
+
+def test_the_curriculum_repeats_text_in_half_batches(tmp_path, monkeypatch):
+    """In 15% of the batches of the last stage, and in no other stage."""
+    sizes, run = defaultdict(list), run_of("--digits", 2, "--batch-size", 7, out=tmp_path / "run")
+    monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, recipe, loss_of: [
+        loss_of(step, co.rng_of(1, step)) for step in range(200)])
+    monkeypatch.setattr(co, "coconut_loss", lambda run, model, stage, rng, n=None: sizes[stage].append(n))
+    monkeypatch.setattr(co, "stage_scores", lambda *_: co.rate([True]))
+    co.make_folder(run)
+    co.train_coconut(run)
+    assert sizes["0"][:200] == [None] * 200 and set(sizes["0"][200:]) == {4} and 15 < len(sizes["0"][200:]) < 45
+    assert sizes["1"] == sizes["2"] == [None] * 200 and set(sizes["all"]) == {None}
+    assert [*sizes] == ["0", "1", "2", "all"]
+
+def test_readers_never_see_problems_of_which_nothing_may_be_read(monkeypatch):
+    """Else a small batch of them would leave nothing to ask about."""
+    run = run_of("--digits", 2)
+    monkeypatch.setattr(run.task, "never_read", lambda step: step.a is None or step.a > 1)
+    problems, works, _ = co.pool_of(run, rough(run), each=200)(0, co.rng_of(0), 2000)
+    assert len({*problems}) > 20 and all(min(steps[0].a, steps[1].a) < 2 for steps in works)

@@ -342,7 +342,8 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narr
     coconut = co.load_json(tmp_path / "random-1/config.json")
     assert base[0] == base[1] and coconut["train_latent"] == 0
     cell = f"{sum(found) / 2:.3f} ({min(found):.3f} to {max(found):.3f})"
-    assert f"| IIA same | {cell} | - |" in (tmp_path / "compare.md").read_text()
+    told = (tmp_path / "compare.md").read_text()
+    assert f"| IIA same | {cell} | - |" in told and told.endswith(f"by: {co.environment(co.parse([]))['git']}\n")
     assert script.main(tmp_path, "1", "1", *SHORT, "--eval-problems", "77") == 1
     assert capsys.readouterr().err.count("was trained with other flags: choose another folder\n") == 3
 
@@ -419,7 +420,9 @@ def test_a_task_of_ones_own(tmp_path):
     ("return [int(x)", "return 1 / 0, [int(x)", "draw: ZeroDivisionError.*of size 3"),
     ("{\"left\": 10}", "{\"left\": 8}", "fields: .*problem 9"),
     ("left\": step", "left\": \"x\"", "fields: .*problem 8"),
-    ("return False", "return True", "never_read: .*size 3"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
+    ("return False", "return True", "never_read, fields: .*size 3"), ("{\"left\": step}", "None", "fields: .*size 3"),
+    ("def fields", "FIELDS = {\"?\" * 40: 10}\n    def fields(self, step): return {\"?\" * 40: step}\n    def no",
+     "FIELDS: .* too long a question"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
     ("n)]", "n if split != 'test' else 3)]", "draw: .* 3 of 4 to test on: problem 'of size 3'"),
     ("n)]", "n if split != 'train' else 0)]", "draw: .*size 3"),
     ("return False", "return False\n    def looser(self, said): return {'x': said[0]}", "looser: IndexError"),
