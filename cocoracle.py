@@ -2056,7 +2056,8 @@ def open_run(cfg):
     exchanges, slots, text.longest, total = try_out(task, text, cfg)
     for asked in sum(text.wordings.values(), []):
         if len(text.ids(asked)) > cfg.size.positions // 8 - 5:  # as in respond()
-            raise UserError(f"the task's FIELDS: {asked[:60]!r} is too long a question")
+            raise UserError(f"the task's FIELDS: {asked[:60]!r} is too long a question for a model "
+                            f"of {cfg.size.positions} positions")
     if total > cfg.size.positions:
         raise UserError(f"--digits {max(cfg.digits)}: a problem takes {total} tokens, "
                         f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")

@@ -237,14 +237,14 @@ def test_the_gpu_script_records_a_miss_and_goes_on(monkeypatch, tmp_path):
 def test_a_stand_in_for_released_weights(tmp_path, monkeypatch):
     """It has learnt something, is taken up as released weights are, and is trained with the rates that were asked for."""
     script = module_of(".scripts/standin.py")
-    for name, value in {"LAYERS": 2, "HEADS": 1, "WIDTH": 32, "POSITIONS": 128, "BATCH": 2}.items():
+    for name, value in {"LAYERS": 2, "HEADS": 1, "WIDTH": 32, "POSITIONS": 256, "BATCH": 2}.items():
         monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(script, "time", SimpleNamespace(time=itertools.count().__next__))  # a step takes a second
     assert script.make(tmp_path / "weights", 0.5, most=2e5) < math.log(50257) - 0.5
     flags = ["--model", "gpt2", "--weights", str(tmp_path / "weights"), "--device", "cpu", "--digits", "2"]
     run = run_of(*flags)
     weights = co.read_safetensors(tmp_path / "weights/model.safetensors", co.shapes_of(run, 50257))
-    assert run.cfg.size == (2, 1, 32, 128) and run.cfg.recipes["last"].muon == 0.01
+    assert run.cfg.size == (2, 1, 32, 256) and run.cfg.recipes["last"].muon == 0.01
     assert torch.equal(co.released_weights(run)["wte.weight"][:50257], weights["wte.weight"])
     used = []
     monkeypatch.setattr(co, "RECIPES", co.RECIPES)  # put back afterwards
@@ -291,7 +291,7 @@ def test_problems_of_coconuts_files_run(monkeypatch, tmp_path):
     assert co.command_line([*flags.split(), "--task", TASK, "--out", str(tmp_path / "run")]) == 0
     results = co.load_json(tmp_path / "run/results.json")
     step, stages = results["oracle"]["step"], results["coconut"]["stages"]
-    assert 0 < step["n_no_final"] < step["n"] == 2 * stages["all"]["n"] and list(stages) == ["0", "1", "2", "all"]
+    assert 0 < step["n_no_final"] < step["n"] == 2 * stages["all"]["n"] and list(stages) == ["0", "1", "all"]
     assert "iia" not in results["causal"] and (tmp_path / "run/report.html").exists()
 
 def test_draws_of_coconuts_files(monkeypatch, tmp_path, capsys):
