@@ -90,7 +90,7 @@ def summary(folder, kinds, seeds):
     return table
 
 def markdown(table):
-    """A row for each figure, a column for each kind and its n seeds: mean (least to most)."""
+    """A row for each figure, a column for each kind and its n seeds: mean (least–most, where they differ)."""
     seeds = {kind: max(map(len, columns.values())) for kind, columns in table.items()}
     lines = ["| | " + " | ".join(f"{kind}, n={n}" for kind, n in seeds.items()) + " |",
              "|---" * (len(table) + 1) + "|"]
@@ -100,10 +100,12 @@ def markdown(table):
             digits = 0 if column.endswith(" s") else 1
         for kind, columns in table.items():
             found = [*columns.get(column, {}).values()]
-            form = "{:.{d}f}" if seeds[kind] == 1 else "{:.{d}f} ({:.{d}f} to {:.{d}f})"
-            form += f", n={len(found)}" * (len(found) != seeds[kind])
-            mean = sum(found) / max(len(found), 1)
-            cells.append(form.format(mean, min(found), max(found), d=digits) if found else "-")
+            if not found:
+                cells.append("-")
+                continue
+            mean, least, most = (f"{x:.{digits}f}" for x in (sum(found) / len(found), min(found), max(found)))
+            told = mean if least == most else f"{mean} ({least}–{most})"
+            cells.append(told + f", n={len(found)}" * (len(found) != seeds[kind]))
         lines.append(f"| {column} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

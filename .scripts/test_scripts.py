@@ -341,7 +341,8 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narr
     base = [(tmp_path / f"{name}-1/base/model.safetensors").read_bytes() for name in ("faithful", "random")]
     coconut = co.load_json(tmp_path / "random-1/config.json")
     assert base[0] == base[1] and coconut["train_latent"] == 0
-    cell = f"{sum(found) / 2:.3f} ({min(found):.3f} to {max(found):.3f})"
+    mean, least, most = (f"{x:.3f}" for x in (sum(found) / 2, min(found), max(found)))
+    cell = mean if least == most else f"{mean} ({least}–{most})"
     told = (tmp_path / "compare.md").read_text()
     assert f"| IIA same | {cell} | - |" in told and told.endswith(f"by: {co.environment(co.parse([]))['git']}\n")
     assert script.main(tmp_path, "1", "1", *SHORT, "--eval-problems", "77") == 1
