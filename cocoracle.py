@@ -127,7 +127,6 @@ RECIPES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Recipe(3e-3, 0.0
          "last": Recipe(3e-3, 0.01, 0.3)}
 PROBE_RECIPE = Recipe(5e-3, 0.0, 0.01)
 AGAIN = 0.15  # share of the last stage's batches that repeat stage 0, half as large: text on demand
-EXPLAIN = 0.5  # weight of the explaining loss
 REHEARSAL = 0.25  # share of a fine-tuned oracle's batches that repeat the coconut's own task too
 OTHER = 0.02  # share of a reader's questions in each family but the first, the step
 SCALE = 2.0  # of an injected reading, relative to the state it is added to
@@ -135,9 +134,9 @@ LORA_RANK = 32
 SAVE_EVERY = 60.0  # seconds between checkpoints
 LOG_EVERY = 100  # steps
 
-def flag(default, help, choices=None, low=1):
+def flag(default, help, choices=None, low=1, high=2**31):
     """A field of Config: its default and, for the command line, its help and limits."""
-    metadata = {"help": help, "choices": choices, "low": low}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +160,8 @@ class Config:
     task: str = flag("", "FILE.py with a class Task of your own, in place of sums")
     digits: tuple = flag((2, 3, 4), "sizes of problems, as `2-4` or `2,3`")
     thoughts: str = flag("faithful", "kind of thoughts, see KINDS", tuple(KINDS))
-    read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0)
+    read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0, high=1)
+    explain: float = flag(0.5, "thoughts asked for in words, in training, a problem", low=0.1)
     # training, in steps
     batch_size: int = flag(32, "problems (or readings) in a batch, all of one size", low=2)
     accumulate: int = flag(2, "batches in a step, each of its own problems and size")
@@ -1242,13 +1242,16 @@ def work_all(task, problems, donors={}):
     return works
 
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
-    """Nats a token of what the model says, asked as an oracle is, of one thought of every second
-    problem (of every one, a step takes a third longer): unwhitened, and with gradients into it.
-    works: the steps trained on, a given one included; the last ones are thoughts. slot: the one
-    given, or None; where it is a thought, half of the time only it and later ones are asked about.
-    (SIM-CoT, arXiv 2509.20317, has a decoder of its own.)
+    """Nats a token of what the model says, asked as an oracle is, of so many thoughts of each
+    problem (0.5: of one of every second problem; of every one, a step takes a third longer):
+    unwhitened, and with gradients into them. works: the steps trained on, a given one included;
+    the last ones are thoughts. slot: the one given, or None; where it is a thought, half of the
+    time only it and later ones are asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its
+    own.)
     """
-    problems, works = problems[::2], works[::2]
+    each = run.cfg.explain
+    chosen = (np.arange(math.ceil(each * len(problems))) / each).astype(int)  # rows, in order
+    problems, works = [problems[row] for row in chosen], [works[row] for row in chosen]
     n_text = len(works[0]) - len(thoughts)
     low = n_text if slot is None or rng.random() < 0.5 else max(slot, n_text)
     asked = sum([steps[low:] for steps in works], [])
@@ -1256,7 +1259,7 @@ def explain_loss(run, model, rng, problems, works, thoughts, slot):
         return torch.zeros((), device=run.cfg.device)
     families = families_of(run, whole=False)
     questions, targets, rows, slots = draw_questions(run, rng, families, problems, works, low)
-    vectors = pick(readings_of(thoughts)[::2], rows, slots - n_text)
+    vectors = pick(readings_of(thoughts), chosen[rows], slots - n_text)
     return oracle_loss(run, model, questions, targets, vectors)[0]
 
 def coconut_loss(run, model, stage, rng, n=None):
@@ -1292,7 +1295,8 @@ def coconut_loss(run, model, stage, rng, n=None):
     logits = model.logits(torch.cat([hidden[:, :n_targets], answered], dim=1))
     total = nats = token_loss(logits, torch.cat([batch.text_target, batch.answer_target], dim=1))
     if kind.explain and count:
-        total = nats + EXPLAIN * explain_loss(run, model, rng, problems, works, thoughts, slot)
+        told = explain_loss(run, model, rng, problems, works, thoughts, slot)
+        total = nats + cfg.explain * told  # each thought counts as much as an answer
     return Loss(total, nats, all_right(logits[:, n_targets:], batch.answer_target))
 
 def held_out(run, most, n=None):
@@ -1993,10 +1997,9 @@ def parse(argv):
     steps = {name: round(fewer * getattr(cfg, name)) for name in ("train_mixed", "train_latent")}
     cfg = Config(**{**steps, **settings})
     for field in dataclasses.fields(Config):
-        value, most = getattr(cfg, field.name), 1 if field.type is float else 2**31
-        if field.type in (int, float) and not field.metadata["low"] <= value <= most:
-            raise UserError(f"--{field.name.replace('_', '-')} takes {field.metadata['low']} to "
-                            f"{most}, not {value}")
+        value, low, high = getattr(cfg, field.name), field.metadata["low"], field.metadata["high"]
+        if field.type in (int, float) and not low <= value <= high:
+            raise UserError(f"--{field.name.replace('_', '-')} takes {low} to {high}, not {value}")
     gpu = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpu else "float32"
     # one problem at a time, as in ask, would be compiled anew, and is as fast without

@@ -397,3 +397,29 @@ def test_readers_never_see_problems_of_which_nothing_may_be_read(monkeypatch):
     monkeypatch.setattr(run.task, "never_read", lambda step: step.a is None or step.a > 1)
     problems, works, _ = co.pool_of(run, rough(run), each=200)(0, co.rng_of(0), 2000)
     assert len({*problems}) > 20 and all(min(steps[0].a, steps[1].a) < 2 for steps in works)
+
+def test_thoughts_are_asked_for_as_often_as_told(monkeypatch):
+    """--explain: so many thoughts a problem, of every second one where it is 0.5; each counts as much as an answer."""
+    monkeypatch.setattr(co, "OTHER", 0.0)
+    asked, oracle_loss = [], co.oracle_loss
+    monkeypatch.setattr(co, "oracle_loss", lambda *args: asked.append(args) or oracle_loss(*args))
+    for each, rows in ((0.5, {0, 2, 4}), (1, {*range(6)}), (3, {*range(6)})):
+        run = run_of("--digits", "3", "--batch-size", 6, "--thoughts", "explained", "--explain", each)
+        model, made, seen = rough(run), [], set()
+        think, make_batch = co.think, co.make_batch
+        with monkeypatch.context() as patch:
+            patch.setattr(co, "think", lambda *args: made.append(think(*args)) or made[-1])
+            patch.setattr(co, "make_batch", lambda r, p, works, *n: made.append(works) or make_batch(r, p, works, *n))
+            for step in range(12):
+                loss = co.coconut_loss(run, model, "all", co.rng_of(2, step))
+                works, thoughts = made[-2:]
+                _, _, questions, targets, vectors = asked[-1]
+                assert len(questions) == 6 * each
+                readings = co.readings_of(thoughts)
+                for target, vector in zip(targets, vectors):
+                    (found,) = (readings == vector).all(-1).nonzero().tolist()
+                    assert target == run.task.say(works[found[0]][found[1]])
+                    seen.add(found[0])
+                told = oracle_loss(run, model, questions, targets, vectors)[0]
+                assert torch.allclose(loss.total, loss.nats + each * told)
+        assert seen == rows

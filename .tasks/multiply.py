@@ -1,27 +1,23 @@
 """n-by-n-digit multiplication as at school, into one row of digits; n is --digits.
-    python cocoracle.py --task .tasks/multiply.py --digits 2 --train-mixed 200
-A step is digit times digit, plus what stands there, plus the carry: `7*4+3+2=33 write 3 carry 3`.
-The last one of a row writes its carry. A given step's digit and carry are taken as they stand."""
+    python cocoracle.py --task .tasks/multiply.py --digits 2 --explain 1 --train-text 1500 \\
+        --train-mixed 200 --train-latent 7000
+A step is digit times digit, plus what stands there, plus the carry, its result first: a model that
+writes `7*4+3+2=33` may work while it writes, a thought may not: `write 3 carry 3 is 7*4+3+2`. The
+last one of a row writes its carry. A given step's digit and carry are taken as they stand."""
 
 import cocoracle as co
 
 class Task(co.Sums):
     FIELDS = {"a": 10, "b": 10, "stands": 10, "carry": 10, "digit": 10}
-
-    def draw(self, rng, split, size, n):
-        """Problems (a, b, c), a * b + c. Half of the training batches add a c of that size: there
-        are few pairs of 2 digits, and they would be learnt by heart. Held-out pairs: c is 0."""
-        adds, pairs = split == co.TRAIN and rng.random() < 0.5, super().draw(rng, split, size, n)
-        low, high = (10 ** (size - 1), 10**size) if adds else (0, 1)
-        return [(a, b, c) for (a, b), c in zip(pairs, rng.integers(low, high, n).tolist())]
+    words = "write carry is"
 
     def text(self, problem):
-        return "{}*{}+{}=".format(*problem).replace("+0=", "=")
+        return "{}*{}=".format(*problem)
 
     def work(self, problem, given={}):
         """Steps (a, b, what stands there, carry in, digit written, carry out)."""
-        a, b, c = [[int(digit) for digit in reversed(str(x))] for x in problem]
-        row, steps = c + [0] * (2 * len(a) - len(c)), []
+        a, b = [[int(digit) for digit in reversed(str(x))] for x in problem]
+        row, steps = [0] * 2 * len(a), []
         for i, y in enumerate(b):
             carry = 0
             for j, x in enumerate([*a, None]):
@@ -35,8 +31,7 @@ class Task(co.Sums):
         a, b, stands, carry, digit, carry_out = step
         if a is None:
             return f"write {digit}"
-        total = a * b + stands + carry
-        return f"{a}*{b}+{stands}+{carry}={total} write {digit} carry {carry_out}"
+        return f"write {digit} carry {carry_out} is {a}*{b}+{stands}+{carry}"
 
     def spell(self, steps):
         size = next(n for n in range(2, 9) if n * (n + 1) == len(steps))
@@ -52,8 +47,7 @@ class Task(co.Sums):
         return step[0] is not None and (min(step[:2]), max(step[:2])) in self.NEVER_READ
 
     def looser(self, said):
-        return {"result": said.partition(" write ")[2]}
+        return {"result": said.partition(" is ")[0]}
 
     def typed(self, line):
-        pair = super().typed(line.translate(str.maketrans("*+", "+*")))
-        return pair and (*pair, 0)
+        return super().typed(line.translate(str.maketrans("*+", "+*")))
