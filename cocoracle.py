@@ -161,7 +161,8 @@ class Config:
     digits: tuple = flag((2, 3, 4), "sizes of problems, as `2-4` or `2,3`")
     thoughts: str = flag("faithful", "kind of thoughts, see KINDS", tuple(KINDS))
     read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0, high=1)
-    explain: float = flag(0.5, "thoughts asked for in words, in training, a problem", low=0.1)
+    explain: float = flag(0.5, "thoughts asked for in words, in training, a problem", low=0.1,
+                          high=32)
     # training, in steps
     batch_size: int = flag(32, "problems (or readings) in a batch, all of one size", low=2)
     accumulate: int = flag(2, "batches in a step, each of its own problems and size")
@@ -1250,7 +1251,8 @@ def explain_loss(run, model, rng, problems, works, thoughts, slot):
     own.)
     """
     each = run.cfg.explain
-    chosen = (np.arange(math.ceil(each * len(problems))) / each).astype(int)  # rows, in order
+    chosen = np.arange(math.ceil(each * len(problems))) / each  # rows, in order
+    chosen = chosen.astype(int) % len(problems)  # 0.68 * 75 is more than 51
     problems, works = [problems[row] for row in chosen], [works[row] for row in chosen]
     n_text = len(works[0]) - len(thoughts)
     low = n_text if slot is None or rng.random() < 0.5 else max(slot, n_text)

@@ -423,3 +423,5 @@ def test_thoughts_are_asked_for_as_often_as_told(monkeypatch):
                 told = oracle_loss(run, model, questions, targets, vectors)[0]
                 assert torch.allclose(loss.total, loss.nats + each * told)
         assert seen == rows
+    run = run_of("--digits", "3", "--batch-size", 75, "--explain", 0.68)  # in binary more than 51
+    co.coconut_loss(run, rough(run), "all", co.rng_of(2))
