@@ -121,8 +121,7 @@ class Recipe(NamedTuple):
 # By kind of training, for tiny's width. AdamW's rates go with 1 / width, Muon's are the same for
 # all (its updates are orthogonal), and the number of updates in stages with thoughts goes with
 # 1 / sqrt(width). So much decay in the last stage leaves more in a plain thought to read. Released
-# weights take the same: on a small model trained on English, a stand-in for them, AdamW at 1e-4
-# (Coconut's) reached 0.368 of the answers where these reach 0.998 (README).
+# weights take the same, which is tried on a stand-in for them alone (README).
 RECIPES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Recipe(3e-3, 0.02, 0.01)),
          "last": Recipe(3e-3, 0.01, 0.3)}
 PROBE_RECIPE = Recipe(5e-3, 0.0, 0.01)
@@ -161,8 +160,7 @@ class Config:
     digits: tuple = flag((2, 3, 4), "sizes of problems, as `2-4` or `2,3`")
     thoughts: str = flag("faithful", "kind of thoughts, see KINDS", tuple(KINDS))
     read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0, high=1)
-    explain: float = flag(0.5, "thoughts asked for in words, in training, a problem", low=0.1,
-                          high=32)
+    explain: float = flag(0.5, "thoughts asked for in words, in training, a problem", low=0.1)
     # training, in steps
     batch_size: int = flag(32, "problems (or readings) in a batch, all of one size", low=2)
     accumulate: int = flag(2, "batches in a step, each of its own problems and size")
@@ -201,8 +199,7 @@ class Config:
     def knobs(self):
         """What config.json and results.json hold: all but how this process was started."""
         session = ("stage", "out", "resume", "device", "compile")
-        knobs = dataclasses.asdict(self)
-        return {name: value for name, value in knobs.items() if name not in session}
+        return {name: x for name, x in dataclasses.asdict(self).items() if name not in session}
 
     @property
     def layer(self):
@@ -342,13 +339,9 @@ NOUNS = {
     "slot": ("the slot", "the number of the slot"),
     "answer": ("the final answer", "the answer", "the result"),
     "problem": ("the problem", "this problem")}
+PLACES = (" at this reasoning step", " at this step", " of this step", "")
+FORMS = ("What is {}{}?", "Which is {}{}?", "Write {}{}.")
 WHOLE = ("answer", "problem")
-
-def wordings(nouns):
-    """Every way to ask for one of the nouns."""
-    places = (" at this reasoning step", " at this step", " of this step", "")
-    forms = ("What is {}{}?", "Which is {}{}?", "Write {}{}.")
-    return [form.format(noun, place) for noun, place, form in product(nouns, places, forms)]
 
 def rng_of(seed, *where):
     """Data is a function of (seed, purpose, step): resuming replays nothing."""
@@ -380,7 +373,7 @@ class Text:
         self.wordings, self.test_wording = {}, {}  # family: those trained on, the one that never is
         families = NOUNS | {field: (f"the value of {field}", field) for field in task.FIELDS}
         for family, nouns in families.items():
-            asked = wordings(nouns)
+            asked = [form.format(noun, at) for noun, at, form in product(nouns, PLACES, FORMS)]
             self.test_wording[family] = asked.pop(len(asked) // 2)
             self.wordings[family] = asked
         self.ranks = ranks or self.own_ranks(task)
@@ -390,7 +383,6 @@ class Text:
         self.eos, self.bot, self.sep, self.eot, self.act = self.special.values()
         self.n_vocab = self.enc.n_vocab
         self.ids = lru_cache(maxsize=4096)(self.tokenize)
-        self.longest = 0  # tokens of a problem, step or answer: see try_out()
 
     def own_ranks(self, task):
         questions = sum(self.wordings.values(), [])
@@ -408,57 +400,53 @@ class Text:
         ids = [*ids, self.eos]
         return self.enc.decode(ids[:ids.index(self.eos)])
 
-def fit_classes(fields, classes):
-    """Whether the fields of a step are None, or one of the classes of each of FIELDS."""
-    return fields is None or [*fields] == [*classes] and all(
-        fields[name] in range(classes[name]) for name in classes)
-
 def try_out(task, text, cfg):
     """Work some problems of each size, so that a mistake in a task of your own costs one line, and
-    no training -> whether a step can be given; most steps of a problem; tokens of the longest
-    problem, step or answer, where greedy writing gives up; of the longest whole. Raises UserError
-    with the method and problem."""
-    measured = []
+    no training -> exchanges, slots and longest of a Run. Raises UserError with the method and
+    problem."""
+    measured, room = [], cfg.size.positions
+    asked = max((text.ids(words) for words in sum(text.wordings.values(), [])), key=len)
     for size in cfg.digits:
-        problem = f"of size {size}"
+        problem, n_readable = f"of size {size}", 0
         try:
+            assert len(asked) <= room // 8 - 5, "FIELDS: a name makes too long a question"
             exchanges = "given" in inspect.signature(task.work).parameters
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             tests = task.draw(rng_of(0, "held out"), cfg.split, size, 4)
-            if not drawn or len(tests) < (4 if exchanges else 2):  # there must be donors
-                raise UserError(f"draw: {len(drawn)} to train on, {len(tests)} of 4 to test on")
-            first, readable_ones = task.work(drawn[0]), 0
+            assert drawn and len(tests) >= (4 if exchanges else 2), (  # there must be donors
+                f"draw: {len(drawn)} to train on, {len(tests)} of 4 to test on")
+            assert not {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"}, (
+                "FIELDS has a name that the program uses")
+            first = task.work(drawn[0])
             for problem in drawn:
                 steps = task.work(problem)
                 given = task.work(problem, {0: first[0]}) if exchanges else first
                 written = [task.text(problem), task.spell(steps), *map(task.say, steps)]
                 ids = [text.ids(words) for words in written]
                 plain = [text.enc.decode(part) for part in ids if max(part, default=0) < text.eos]
-                classed = all(fit_classes(task.fields(step), task.FIELDS) for step in steps)
                 looser = [[*task.looser(words)] for words in (*written, "")]
-                for kept, rule in (
-                    (task.size(problem) == size, f"size: not {size}"),
-                    (len(steps) == len(first),
-                     f"work: {len(steps)} steps, of others of its size {len(first)}"),
-                    (given[0] == first[0], "work: a given step must be taken as it stands"),
-                    (plain == written, "text, say and spell: plain text, no special tokens"),
-                    (not {*task.FIELDS} & {*NOUNS, "never_read", "skill_after"},
-                     "FIELDS has a name that the program uses"),
-                    (classed, "fields: None, or for each of FIELDS a number below its classes"),
-                    (looser == looser[:1] * len(looser), "looser: the same names, of any text")):
-                    if not kept:
-                        raise UserError(rule)
-                readable_ones += any(
-                    not task.never_read(step) and (task.fields(step) or not task.FIELDS)
-                    for step in steps)
-                lengths = [len(part) for part in ids]
-                total = sum(lengths) + len(lengths)
-                measured.append((exchanges, len(steps), max(lengths), total))
-            if not readable_ones:
-                raise UserError(f"never_read, fields: nothing to read in size {size}")
+                taken = sum(map(len, ids)) + len(ids)
+                assert task.size(problem) == size, f"size: not {size}"
+                assert len(steps) == len(first), (
+                    f"work: {len(steps)} steps, of others of its size {len(first)}")
+                assert given[0] == first[0], "work: a given step must be taken as it stands"
+                assert plain == written, "text, say and spell: plain text, no special tokens"
+                assert looser == looser[:1] * len(looser), "looser: the same names, of any text"
+                assert taken <= room, f"texts take {taken} of {room} positions: choose smaller ones"
+                for step in steps:
+                    fields = task.fields(step)
+                    if fields is not None:
+                        fit = [fields.get(name) in range(n) for name, n in task.FIELDS.items()]
+                        assert all(fit) and len(fit) == len(fields), (
+                            "fields: None, or for each of FIELDS a number below its classes")
+                    has_fields = bool(fields) or not task.FIELDS
+                    n_readable += has_fields and not task.never_read(step)
+                measured.append((exchanges, len(steps), max(map(len, ids))))
+            assert n_readable, f"never_read, fields: nothing to read in size {size}"
         except Exception as e:  # somebody's code raises anything
             method = traceback.extract_tb(e.__traceback__)[-1].name
-            told = e if isinstance(e, UserError) else f"{method}: {type(e).__name__}: {e!s:.200}"
+            clear = isinstance(e, (AssertionError, UserError))
+            told = e if clear else f"{method}: {type(e).__name__}: {e!s:.200}"
             raise UserError(f"the task's {told}: problem {problem!r:.80}") from None
     return [max(column) for column in zip(*measured)]
 
@@ -470,6 +458,7 @@ class Run(NamedTuple):
     out: Path
     exchanges: bool  # whether the task can be worked with a step given
     slots: int  # of the longest problem
+    longest: int = 0  # tokens of a problem, step or answer: where greedy writing gives up
     start: float = 0.0  # when the part that runs began: time.time(), less the time before --resume
 
 class Batch(NamedTuple):
@@ -528,38 +517,6 @@ class Conv1D(nn.Module):
             y = y + (x @ self.lora_a) @ self.lora_b * self.lora_scale
         return y
 
-class Attention(nn.Module):
-    def __init__(self, width, heads):
-        super().__init__()
-        self.c_attn = Conv1D(width, 3 * width)
-        self.c_proj = Conv1D(width, width)
-        self.heads = heads
-
-    def forward(self, qkv, past, mask, last):
-        """What the last positions find, (B, last, C), before c_proj; new keys and values.
-
-        qkv (B, T, 3C); past: keys and values of segments, each (B, H, S, C/H); mask bool
-        (B|1, 1, last, S+T), or None: causal attention, or one query that sees all.
-        """
-        B, T, _ = qkv.shape
-        q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
-        new = k, v
-        if past:
-            k = torch.cat([keys for keys, _ in past] + [k], dim=2)  # (B, H, S+T, C/H)
-            v = torch.cat([values for _, values in past] + [v], dim=2)
-        causal = mask is None and last > 1
-        y = F.scaled_dot_product_attention(q[:, :, T - last:], k, v, mask, is_causal=causal)
-        return y.transpose(1, 2).reshape(B, last, -1), new
-
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.c_fc = Conv1D(width, 4 * width)
-        self.c_proj = Conv1D(4 * width, width)
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
-
 def rows_of(x):
     """(B, T, C) -> (B T, C), not recorded as a view: torch.compile compiles anew for each kind."""
     return torch.ops.aten._unsafe_view(x.contiguous(), (-1, x.shape[-1]))
@@ -567,10 +524,13 @@ def rows_of(x):
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
+        self.heads = heads
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn = nn.ModuleDict({"c_attn": Conv1D(width, 3 * width),
+                                   "c_proj": Conv1D(width, width)})
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = nn.ModuleDict({"c_fc": Conv1D(width, 4 * width),
+                                  "c_proj": Conv1D(4 * width, width)})
 
     def before(self, x):
         """(N, C) -> (N, 3C): queries, keys and values."""
@@ -579,7 +539,8 @@ class Block(nn.Module):
     def after(self, x, y):
         """The residual stream (N, C) and what attention found -> the stream after the block."""
         x = x + self.attn.c_proj(y)
-        return x + self.mlp(self.ln_2(x))
+        inner = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")
+        return x + self.mlp.c_proj(inner)
 
     def compile(self, **how):
         """Compile all but attention, which has a kernel of its own. Functions of rows (N, C) are
@@ -588,8 +549,21 @@ class Block(nn.Module):
         self.after = torch.compile(self.after, dynamic=True, **how)
 
     def forward(self, x, past, mask, last):
+        """x (B, T, C) -> the stream of the last positions (B, last, C); new keys and values.
+
+        past: keys and values of segments, each (B, H, S, C/H); mask bool (B|1, 1, last, S+T), or
+        None: causal attention, or one query that sees all.
+        """
         B, T, C = x.shape
-        y, new = self.attn(self.before(rows_of(x)).view(B, T, 3 * C), past, mask, last)
+        qkv = self.before(rows_of(x)).view(B, T, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+        new = k, v
+        if past:
+            k = torch.cat([keys for keys, _ in past] + [k], dim=2)  # (B, H, S+T, C/H)
+            v = torch.cat([values for _, values in past] + [v], dim=2)
+        causal = mask is None and last > 1
+        y = F.scaled_dot_product_attention(q[:, :, T - last:], k, v, mask, is_causal=causal)
+        y = y.transpose(1, 2).reshape(B, last, C)
         x = self.after(rows_of(x[:, T - last:]), rows_of(y))
         return x.view(B, last, C), new
 
@@ -618,7 +592,8 @@ def attention_mask(x, past, valid, last):
     mask = x.new_ones(T, S + T, dtype=torch.bool).tril(diagonal=S)[None]
     if padded:
         seen = [x.new_ones(B, n, dtype=torch.bool) if v is None else v for v, n in known]
-        mask = mask & (torch.cat(seen, dim=1)[:, None] | mask.triu(diagonal=S))
+        itself = mask.triu(diagonal=S)  # each query's own key
+        mask = mask & (torch.cat(seen, dim=1)[:, None] | itself)
     return mask[:, None]
 
 class GPT(nn.Module):
@@ -649,7 +624,9 @@ class GPT(nn.Module):
         """
         T = x.shape[1]
         last = last or T
-        x = x + self.wpe(self.places(x, pos, valid))
+        # Real tokens alone count. Padding before the first one may be at -1, and text may run away.
+        counted = x.new_ones(1, T, dtype=torch.long) if valid is None else valid
+        x = x + self.wpe((pos + counted.cumsum(1) - 1).clamp(0, len(self.wpe.weight) - 1))
         mask = attention_mask(x, past, valid, last)
         kv, stream, wanted = [], None, T
         for layer, block in enumerate(self.h):
@@ -664,12 +641,6 @@ class GPT(nn.Module):
             kv.append(new)
         stream = x if self.read == len(self.h) else stream
         return self.ln_f(x), Segment(tuple(kv), valid), stream
-
-    def places(self, x, pos, valid):
-        """Positions of x, counting real tokens only -> (B|1, T)."""
-        counted = x.new_ones(1, x.shape[1], dtype=torch.long) if valid is None else valid
-        # padding before the first token may be at -1, and text may run away: both are kept inside
-        return (pos + counted.cumsum(1) - 1).clamp(0, len(self.wpe.weight) - 1)
 
     def logits(self, hidden):
         """Hidden states (..., C) -> logits (..., V); the head is tied to the token embedding."""
@@ -728,8 +699,8 @@ class Thought(NamedTuple):
         return self.map(lambda x: x.roll(1, 0))
 
 class Prompt(NamedTuple):
-    """Problems as the model has read them, up to the first thought; or any text so far."""
-    past: list  # segments: the problem, and the text steps that the model wrote, a token each
+    """What a model has read and goes on from: problems up to the first thought, or a question."""
+    past: list  # segments: what was read, then each token that the model wrote
     hidden: torch.Tensor  # (B, 1, C) the last hidden state: what the first thought is fed
     end: int | torch.Tensor  # the next position, an int or (B, 1)
     pause: torch.Tensor | None = None  # (C,) what every thought is fed instead
@@ -806,7 +777,7 @@ def think_through(run, model, problems, given={}, stage="all"):
     n_text, count = plan(run, len(works[0]), stage)
     with evaluating(run, model):
         prompt, _ = encode(run, model, make_batch(run, problems, works, 0), stage)
-        limit = n_text * (run.text.longest + 1)
+        limit = n_text * (run.longest + 1)
         _, prompt = write(model, prompt, run.text.sep, limit, times=n_text)
         return prompt, think(model, prompt, count, given)
 
@@ -818,7 +789,7 @@ def answer(run, model, prompt, thoughts):
         eot = torch.full((len(prompt.hidden), 1), text.eot, device=prompt.hidden.device)
         hidden, segment, _ = model(model.wte(eot), past, end)
         begun = Prompt([*past, segment], hidden, end + 1)
-        ids, _ = write(model, begun, text.eos, text.longest + 2)
+        ids, _ = write(model, begun, text.eos, run.longest + 2)
     return [text.show(row) + "..." * (text.eos not in row) for row in ids.tolist()]
 
 # --------------------------------------------------------------------------------------------------
@@ -864,7 +835,7 @@ class Oracle(NamedTuple):
 
 def consult(run, model, questions, vectors, said):
     """Ask questions, one a row, about readings (B, C), and go on with the tokens said (B, T') after
-    them -> hidden states from <act> on (B, 1 + T', C), segments, the next position (B, 1).
+    them -> Prompt, whose hidden states are those from <act> on, (B, 1 + T', C).
 
     A prompt is the question and <act>: so a question that many rows ask is computed once, and its
     keys and values are shared. (In the original the question comes last.) <act> is at the same
@@ -874,7 +845,9 @@ def consult(run, model, questions, vectors, said):
     asked = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
     ids = put(pad(asked, run.text.eos, left=True), said.device)
     valid = ids != run.text.eos
-    act_at = run.cfg.size.positions // 8  # a question has fewer tokens: respond()
+    act_at = run.cfg.size.positions // 8
+    if ids.shape[1] > act_at:
+        raise UserError(f"a question takes {ids.shape[1]} tokens, of at most {act_at}")
     begin = act_at - valid.sum(1, keepdim=True)
     # last=2, of which nothing is used: a tensor of one row would be compiled anew
     _, segment, _ = model(model.wte(ids), (), begin, valid, last=2)
@@ -885,7 +858,7 @@ def consult(run, model, questions, vectors, said):
     injection = Injection(vectors, place=0, layer=max(run.cfg.layer - 1, 0))
     begin = torch.full_like(tail[:, :1], act_at)
     hidden, new, _ = model(model.wte(tail), [segment], begin, inject=injection)
-    return hidden, [segment, new], begin + tail.shape[1]
+    return Prompt([segment, new], hidden, begin + tail.shape[1])
 
 def oracle_loss(run, model, questions, targets, vectors, most=None):
     """Nats a token of what should be said (a list of text), at most its first `most` tokens, and
@@ -894,8 +867,7 @@ def oracle_loss(run, model, questions, targets, vectors, most=None):
     ids = pad([(*run.text.ids(target), eos) for target in targets], IGNORE)
     target = put(ids[:, :most], vectors.device)
     said = target[:, :-1].masked_fill(target[:, :-1] == IGNORE, eos)
-    hidden, _, _ = consult(run, model, questions, vectors, said)
-    logits = model.logits(hidden)
+    logits = model.logits(consult(run, model, questions, vectors, said).hidden)
     return token_loss(logits, target), all_right(logits, target)
 
 def ask(run, oracle, readings, question=None):
@@ -909,10 +881,8 @@ def ask(run, oracle, readings, question=None):
         vectors = oracle.white(chunk) if oracle.white else chunk.float()
         nothing = torch.zeros(len(chunk), 0, dtype=torch.long, device=chunk.device)
         with evaluating(run, oracle.model):
-            asked = [question] * len(chunk)
-            hidden, past, end = consult(run, oracle.model, asked, vectors, nothing)
-            begun = Prompt(past, hidden, end)
-            ids, _ = write(oracle.model, begun, eos, run.text.longest + 2)
+            asked = consult(run, oracle.model, [question] * len(chunk), vectors, nothing)
+            ids, _ = write(oracle.model, asked, eos, run.longest + 2)
         answers += [run.text.show(row) for row in ids.tolist()]
     return answers[:n]
 
@@ -981,9 +951,8 @@ def add_lora(model):
 
 def shapes_of(run, n_vocab=None):
     """Name -> shape of the whole state dict."""
-    size = run.cfg.size
-    n_vocab = n_vocab or run.text.n_vocab
-    return gpt2_weights.gpt2_shapes(size.layers, size.width, n_vocab, size.positions)
+    layers, _, width, positions = run.cfg.size
+    return gpt2_weights.gpt2_shapes(layers, width, n_vocab or run.text.n_vocab, positions)
 
 def released(cfg, files=gpt2_weights.FILES):
     """The folder with GPT-2's released files. Raises UserError."""
@@ -1021,14 +990,13 @@ def adapter_of(model):
 def load_model(run, name):
     """A finished part's model. "base" is the stage-0 model, or the released GPT-2, and "lora" the
     base with its adapter. Raises UserError."""
-    if name != "lora":
-        path = run.out / name / "model.safetensors"
-        return new_model(run, read_safetensors(path, shapes_of(run)))
-    model = load_model(run, "base")
-    add_lora(model)
-    shapes = {key: tuple(x.shape) for key, x in adapter_of(model).items()}
-    adapter = gpt2_weights.read_adapter(run.out / "lora", shapes, 2 * LORA_RANK)
-    model.load_state_dict(adapter, strict=False)
+    path = run.out / ("base" if name == "lora" else name) / "model.safetensors"
+    model = new_model(run, read_safetensors(path, shapes_of(run)))
+    if name == "lora":
+        add_lora(model)
+        shapes = {key: tuple(x.shape) for key, x in adapter_of(model).items()}
+        adapter = gpt2_weights.read_adapter(run.out / name, shapes, 2 * LORA_RANK)
+        model.load_state_dict(adapter, strict=False)
     return model
 
 def save_model(run, name, model):
@@ -1115,8 +1083,7 @@ def train_step(run, model, optimizers, phase, step, loss_of):
         (loss.total / batches).backward()
         stats += torch.stack([loss.nats.detach(), loss.right.mean()]) / batches
         examples += len(loss.right)
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not nn.utils.clip_grad_norm_(params, 1.0).isfinite():
+    if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
         raise UserError("a gradient is not finite: --resume with --dtype float32, or begin again "
                         "with lower rates (section 2)")
     for optimizer in optimizers:
@@ -1124,21 +1091,15 @@ def train_step(run, model, optimizers, phase, step, loss_of):
         optimizer.zero_grad(set_to_none=True)
     return stats, examples
 
-def read_log(run):
-    """The lines of log.jsonl so far, as objects. Raises UserError on a damaged file."""
-    path = run.out / "log.jsonl"
-    with one_line(path, "delete it"):
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [{**json.loads(line)} for line in lines]
-
 def log(run, phase, step, steps, nats, right, speed, left):
     """One line on the terminal and one object in log.jsonl, of the steps since the last one."""
     print(f"{phase:<11} | step {step:>5}/{steps} | loss {nats:5.3f} | exact {right:4.2f} | "
           f"{speed:5,.0f} ex/s | eta {int(left) // 60}:{int(left) % 60:02d}", flush=True)
     entry = {"phase": phase, "step": step, "steps": steps, "loss": round(nats, 6),
              "exact": round(right, 6), "ex_per_s": round(speed, 1)}
-    lines = [json.dumps(line) + "\n" for line in (*read_log(run), entry)]
-    write_atomic(run.out / "log.jsonl", "".join(lines))
+    path = run.out / "log.jsonl"
+    earlier = path.read_text() if path.exists() else ""
+    write_atomic(path, f"{earlier}{json.dumps(entry)}\n")
 
 def save_last(run, phase, step, model, optimizers):
     """last.pt: where the run stands, for --resume. Replaced whole."""
@@ -1243,12 +1204,11 @@ def work_all(task, problems, donors={}):
     return works
 
 def explain_loss(run, model, rng, problems, works, thoughts, slot):
-    """Nats a token of what the model says, asked as an oracle is, of so many thoughts of each
-    problem (0.5: of one of every second problem; of every one, a step takes a third longer):
-    unwhitened, and with gradients into them. works: the steps trained on, a given one included;
-    the last ones are thoughts. slot: the one given, or None; where it is a thought, half of the
-    time only it and later ones are asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its
-    own.)
+    """Nats a token of what the model says, asked as an oracle is, of --explain thoughts a problem
+    (0.5: of one of every second): unwhitened, and with gradients into them. works: the steps
+    trained on, a given one included; the last ones are thoughts. slot: the one given, or None;
+    where it is a thought, half of the time only it and later ones are asked about. (SIM-CoT, arXiv
+    2509.20317, has a decoder of its own.)
     """
     each = run.cfg.explain
     chosen = np.arange(math.ceil(each * len(problems))) / each  # rows, in order
@@ -1364,13 +1324,13 @@ def train_coconut(run):
     for stage in names[names.index(reached) if reached in names else 0:]:
         if stage != reached:
             record(run, "coconut", "stages", stage, at_switch=stage_scores(run, model, stage, 200))
-        name, steps = stages[stage]
 
         def loss_of(step, rng):
             if stage == "all" and rng.random() < AGAIN:
                 return coconut_loss(run, model, "0", rng, math.ceil(cfg.batch_size / 2))
             return coconut_loss(run, model, stage, rng)
 
+        name, steps = stages[stage]
         fit(run, f"coconut {stage}", model, steps, cfg.recipes[name], loss_of)
         if stage == "0" and not cfg.pretrained:
             save_model(run, "base", model)
@@ -1434,7 +1394,7 @@ def train_oracle(run, name="oracle"):
         # Operands stand first and are learnt last: three updates of four go no further than half of
         # the longest text (of sums: 600 in 28 s in place of 33, as good). What the log calls exact
         # is of that half.
-        most = max(1, run.text.longest // 2) if step % 4 else None
+        most = max(1, run.longest // 2) if step % 4 else None
         vectors = pick(readings, rows, slots)
         loss, right = oracle_loss(run, model, questions, targets, vectors, most)
         total = loss
@@ -1462,9 +1422,7 @@ PROBES = {"linear": 0, "mlp": 512}  # name: width of the hidden layer
 def new_probes(run):
     """By name: classifiers of all fields of a step, side by side."""
     width, probes = run.cfg.size.width, nn.ModuleDict()
-    if not run.task.FIELDS:
-        return probes
-    for name, hidden in PROBES.items():
+    for name, hidden in PROBES.items() if run.task.FIELDS else ():
         torch.manual_seed(run.cfg.seed)
         body = [nn.Linear(width, hidden), nn.GELU()] if hidden else []
         head = nn.Linear(hidden or width, sum(run.task.FIELDS.values()))
@@ -1505,29 +1463,25 @@ def train_probes(run):
 # 11. Evaluation: rates, readings and their controls, thoughts given
 
 class Case(NamedTuple):
-    """A held-out thought: its reading (C,), the one that the row before has in the same slot (whose
-    step may be the same: that control is not quite 0), and what it is of."""
-    reading: torch.Tensor
-    other: torch.Tensor
-    problem: object
-    steps: list
+    """A held-out thought, by its place, and its step."""
+    test: Solved
     slot: int
-    step: object  # steps[slot]
+    row: int
+    step: object
 
 def cases_of(task, tests):
     """All thoughts -> Cases of steps that readers were trained on, and of those never read."""
     known, never = [], []
     for test in tests:
-        for slot, thought in enumerate(test.thoughts):
+        for slot in range(len(test.thoughts)):
             for row, steps in enumerate(test.works):
-                case = Case(thought.reading[row], thought.reading[row - 1],
-                            test.problems[row], steps, slot, steps[slot])
+                case = Case(test, slot, row, steps[slot])
                 (never if task.never_read(case.step) else known).append(case)
     return known, never
 
-def stack(cases):
-    """Their readings (N, C)."""
-    return torch.stack([case.reading for case in cases])
+def stack(cases, before=0):
+    """Their readings (N, C), or, of the same slots, those of so many rows before."""
+    return torch.stack([test.thoughts[slot].reading[row - before] for test, slot, row, _ in cases])
 
 def step_scores(task, said, steps):
     """What was said of thoughts, against the steps that they stand for -> scores.
@@ -1559,11 +1513,12 @@ def oracle_scores(run, oracle, known, never, families):
     for family in families[1:]:
         asked = known
         if family in WHOLE:
-            asked = [case for case in known if case.slot == len(case.steps) - 1]
+            asked = [case for case in known if case.slot == len(case.test.thoughts) - 1]
         elif family in task.FIELDS:
             asked = [case for case in known if task.fields(case.step) is not None]
         if asked:
-            gold = [truth(task, case.problem, case.steps, case.slot, family) for case in asked]
+            gold = [truth(task, test.problems[row], test.works[row], slot, family)
+                    for test, slot, row, _ in asked]
             said = ask(run, oracle, stack(asked), run.text.test_wording[family])
             scores[family] = rate([s == g for s, g in zip(said, gold)])
     return scores
@@ -1593,16 +1548,17 @@ def majority(run, size):
 
 def control_scores(run, oracle, known):
     """What is said of the step with nothing injected, with noise, with another problem's thought of
-    the same slot, and by always saying the slot's most frequent step -> {name: scores}."""
+    the same slot (whose step may be the same: this is not quite 0), and by always saying the slot's
+    most frequent step -> {name: scores}."""
     vectors = stack(known)
-    other = torch.stack([case.other for case in known])
     noise = rng_of(run.cfg.seed, "noise").standard_normal(vectors.shape)
     blind = Oracle(oracle.model)  # nothing is whitened: zeros stay zeros, and inject nothing
     most = {size: majority(run, size) for size in run.cfg.digits}
     said = {"none": ask(run, blind, torch.zeros_like(vectors)),
             "random": ask(run, blind, put(noise, vectors.device)),
-            "shuffled_same_slot": ask(run, oracle, other),
-            "slot_majority": [most[run.task.size(case.problem)][case.slot] for case in known]}
+            "shuffled_same_slot": ask(run, oracle, stack(known, before=1)),
+            "slot_majority": [most[run.task.size(test.problems[row])][slot]
+                              for test, slot, row, _ in known]}
     steps = [case.step for case in known]
     return {name: step_scores(run.task, words, steps) for name, words in said.items()}
 
@@ -1653,10 +1609,8 @@ def follow(run, oracle, test, slot, patched, hits, by_slot):
 def causal_scores(run, model, oracle, tests):
     """What answers and later thoughts do when thoughts are given -> the section "causal".
 
-    Answers that stay as they were: keep mean, with all thoughts the mean ones of the batch; keep
-    swap, with all those of the row before; iia_same. Answers as worked with the steps given: iia,
-    iia_two, iia_three, iia_size (see donations()). Of the cases of iia, iia_changed and iia_flow,
-    and the words said_after: see follow(). by_slot: iia_changed.
+    keep: answers that stay as they were, with all thoughts the mean ones of the batch, or with all
+    those of the row before. The others: donations() and follow(). by_slot: iia_changed.
     """
     rng = rng_of(run.cfg.seed, "donors")
     keep, hits, by_slot = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -1688,8 +1642,7 @@ def in_words(run, oracle, solved):
         views.append({
             "problem": task.text(solved.problems[row]), "answer": solved.answers[row],
             "spelled": task.spell(steps), "steps": [task.say(step) for step in steps],
-            "said": [words[row] for words in said],
-            "donors": donors})
+            "said": [words[row] for words in said], "donors": donors})
     return views
 
 def examples(run, model, oracle, tests, n=20):
@@ -1762,34 +1715,25 @@ def evaluate(run):
 def headline(results):
     """The result in a few sentences, with its controls and its decisive caveat."""
     best, kind = results["coconut"]["stages"]["all"], KINDS[results["config"]["thoughts"]]
-    split = results["config"]["split"]
-    told = f"{best['exact']:.1%} of {best['n']} {split} problems are answered right"
-    if not kind.latent:
-        return told + ", without thoughts."
-    step, controls, causal = results["oracle"]["step"], results["controls"], results["causal"]
-    reader = "the model itself" if kind.explain else "the oracle"
-    result = f", {step['result']['exact']:.1%} of results" if "result" in step else ""
-    told += (f" in thoughts alone. Of one thought, {reader} says {step['exact_no_final']:.1%} of "
-             f"{step['n_no_final']} steps word for word{result} (given another problem's thought "
-             f"of the same slot {controls['shuffled_same_slot']['exact_no_final']:.1%}, given "
-             f"none {controls['none']['exact_no_final']:.1%}). ")
-    if not kind.bottleneck or "iia_changed" not in causal:
-        return told + ("But with the mean thought in place of all, "
-                       f"{causal['keep']['mean']['exact']:.1%} of the answers stay.")
-    changed, after = causal["iia_changed"], causal.get("said_after")
-    said = (f", and the next thought says the new step in {after['exact']:.1%} of {after['n']}"
-            if after else "")
-    told += "With" if kind.exchange else "But with"
-    return told + (" one thought given by another problem, the answer is what the sum worked so "
-                   f"spells in {changed['exact']:.1%} of the {changed['n']} cases that this "
-                   f"changes{said}.")
+    split, causal = results["config"]["split"], results.get("causal", {})
+    told = f"{best['exact']:.1%} of {best['n']} {split} problems are answered right."
+    if kind.latent:
+        step, controls = results["oracle"]["step"], results["controls"]
+        reader = "the model itself" if kind.explain else "the oracle"
+        told += (f" Of one thought, {reader} says {step['exact_no_final']:.1%} of "
+                 f"{step['n_no_final']} steps word for word (given another problem's thought of "
+                 f"the same slot {controls['shuffled_same_slot']['exact_no_final']:.1%}, given "
+                 f"none {controls['none']['exact_no_final']:.1%}). With the mean thought in place "
+                 f"of all, {causal['keep']['mean']['exact']:.1%} of the answers stay.")
+    if "iia_changed" in causal:
+        changed = causal["iia_changed"]
+        told += (" With one thought given by another problem, the answer is what the sum worked so "
+                 f"spells in {changed['exact']:.1%} of the {changed['n']} cases that this changes.")
+    return told
 
 def figures(section, name=""):
     """Every rate in a section of results.json -> [(name, rate), ...]."""
-    found = []
-    if "exact" in section:
-        validation = ", validation" * (section.get("split") == VALIDATION)
-        found.append((name + validation, section))
+    found = [(name, section)] if "exact" in section else []
     if "exact_no_final" in section:
         without = wilson(section["exact_no_final"], section["n_no_final"])
         found.append((f"{name}, no final slot", without))
@@ -1859,9 +1803,10 @@ def html_curve(phase, entries):
 
 def page(run, results):
     """report.html: one file that needs no other."""
-    phases = defaultdict(dict)
-    for entry in read_log(run):
-        phases[entry["phase"]][entry["step"]] = entry  # the later one, after --resume
+    path, phases = run.out / "log.jsonl", defaultdict(dict)
+    with one_line(path, "delete it"):
+        for entry in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+            phases[entry["phase"]][entry["step"]] = entry  # the later one, after --resume
     # first the one that shows most, chosen by hand-worked steps, not by what the model made of it
     views = sorted(results["examples"], key=steps_changed, reverse=True)
     first, *others = [html_example(view) for view in views]
@@ -1883,13 +1828,11 @@ set 1 4+8=12 write 2 carry 1   give it a thought that says this, of a problem fo
 
 def problem_of(run, line):
     """The problem that was typed. Raises UserError."""
-    try:
-        problem = run.task.typed(line)
-    except Exception:  # somebody's code raises anything
-        problem = None
-    if problem is None or run.task.size(problem) not in run.cfg.digits:
-        raise UserError(f"{line[:40]!r} is no command, and no problem of a size that this model "
-                        f"knows ({', '.join(map(str, run.cfg.digits))})")
+    sizes = ", ".join(map(str, run.cfg.digits))
+    with one_line(repr(line[:40]), f"this model knows problems of size {sizes}"):
+        problem = run.task.typed(line)  # somebody's code raises anything
+        if problem is None or run.task.size(problem) not in run.cfg.digits:
+            raise ValueError("no command, and no such problem")
     return problem
 
 def respond(run, model, oracle, line, problem, donors):
@@ -1903,9 +1846,6 @@ def respond(run, model, oracle, line, problem, donors):
         if problem is None or slot >= len(task.work(problem)):
             raise UserError(f"{line[:40]!r}: type a problem first, one that has such a slot")
         if verb == "?":
-            most = run.cfg.size.positions // 8 - 5  # consult() puts "Layer 24:" there, too
-            if any(token in words for token in RESERVED) or len(run.text.ids(words)) > most:
-                raise UserError(f"ask in at most {most} tokens, none of them special")
             thoughts = solve(run, model, [problem], donors).thoughts
             print(*ask(run, oracle, thoughts[slot].reading, words), flush=True)
             return problem, donors
@@ -1916,9 +1856,8 @@ def respond(run, model, oracle, line, problem, donors):
             drawn = task.draw(rng_of(run.cfg.seed, "set"), TRAIN, size, 20000)
             found = [other for other in drawn if task.say(task.work(other)[slot]) == words]
         if not run.exchanges or not found or task.size(found[0]) != size:
-            raise UserError(f"{words[:40]!r} cannot be given in slot {slot} of "
-                            f"{task.text(problem)}: it must be of a problem of that size, "
-                            "and of a task whose work() takes given steps")
+            raise UserError(f"{words[:40]!r} cannot be given in slot {slot}: it must be of a "
+                            "problem of that size, and of a task whose work() takes given steps")
         donors = {slot: found[:1]}
     (view,) = in_words(run, oracle, solve(run, model, [problem], donors))
     print(*as_text(view), sep="\n", flush=True)
@@ -2058,23 +1997,7 @@ def open_run(cfg):
     if cfg.pretrained:
         ranks = gpt2_weights.read_bpe(released(cfg, gpt2_weights.BPE_FILES))
     text = Text(task, ranks)
-    exchanges, slots, text.longest, total = try_out(task, text, cfg)
-    for asked in sum(text.wordings.values(), []):
-        if len(text.ids(asked)) > cfg.size.positions // 8 - 5:  # as in respond()
-            raise UserError(f"the task's FIELDS: {asked[:60]!r} is too long a question for a model "
-                            f"of {cfg.size.positions} positions")
-    if total > cfg.size.positions:
-        raise UserError(f"--digits {max(cfg.digits)}: a problem takes {total} tokens, "
-                        f"{cfg.model} has {cfg.size.positions} positions: choose smaller ones")
-    return Run(cfg, task, text, Path(cfg.out), exchanges, slots)
-
-def make_folder(run):
-    """Make the folder, with config.json."""
-    if run.cfg.pretrained:
-        released_weights(run)  # refuses a wrong file before anything is written
-    run.out.mkdir(parents=True, exist_ok=True)
-    if run.cfg.stage != "eval":  # what is measured once more, and how, is not the run's
-        write_atomic(run.out / "config.json", json.dumps(run.cfg.knobs, indent=1) + "\n")
+    return Run(cfg, task, text, Path(cfg.out), *try_out(task, text, cfg))
 
 def main(argv=None):
     cfg = parse(argv)
@@ -2086,7 +2009,11 @@ def main(argv=None):
           f"{', '.join(map(str, cfg.digits))} | seed {cfg.seed} | {cfg.out}", flush=True)
     if cfg.stage == "ask":
         return ask_loop(run)
-    make_folder(run)
+    if cfg.pretrained:
+        released_weights(run)  # refuses a wrong file before anything is written
+    run.out.mkdir(parents=True, exist_ok=True)
+    if cfg.stage != "eval":  # what is measured once more, and how, is not the run's
+        write_atomic(run.out / "config.json", json.dumps(cfg.knobs, indent=1) + "\n")
     for part in parts_of(cfg) if cfg.stage == "all" else [cfg.stage]:
         work, name = PARTS[part]
         if part == "eval" or not (run.out / name).exists():
@@ -2100,9 +2027,7 @@ def main(argv=None):
     if part == "eval":
         write_atomic(run.out / "report.html", page(run, results))
         print(f"{tables(results)}\n\n{headline(results)}\n{results['seconds']['total']:.0f} s in "
-              f"all on {results['env']['device']}. Next:\n  open {run.out / 'report.html'}")
-        if cfg.kind.latent:
-            print(f"  python cocoracle.py --stage ask --out {run.out}")
+              f"all on {results['env']['device']}: see {run.out / 'report.html'}")
 
 def load(out, device="auto"):
     """A finished run, for notebooks -> Run, its model, and the Oracle that reads its thoughts."""

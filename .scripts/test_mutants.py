@@ -51,7 +51,7 @@ def test_answers_are_greedy_text_after_the_thoughts():
             prefix, written = model.wte(torch.tensor([text.ids(run.task.text(own) + "<bot>")])), []
             fed = [prompt.hidden, *(thought.hidden for thought in thoughts[:-1])]
             x = torch.cat([prefix, *(hidden[row:row + 1] for hidden in fed)], dim=1)
-            while text.eos not in written and len(written) < text.longest + 2:
+            while text.eos not in written and len(written) < run.longest + 2:
                 x = torch.cat([x, model.wte(torch.tensor([[(text.eot, *written)[-1]]]))], dim=1)
                 written.append(model.logits(model(x)[0][0, -1]).argmax().item())
             assert len(set(written)) > 3 and said[row] == text.show(written) + "..." * (text.eos not in written)
@@ -78,7 +78,7 @@ def test_what_is_said_of_which_vectors():
         vectors = white(readings) if oracle.white else readings
         for row, said in enumerate(co.ask(run, oracle, readings, question)):
             injection, written = co.Injection(vectors[row:row + 1], len(head) - 1, 1), []
-            while text.eos not in written and len(written) < text.longest + 2:
+            while text.eos not in written and len(written) < run.longest + 2:
                 x = model.wte(torch.tensor([[*head, *written]]))
                 hidden, _, _ = model(x, pos=run.cfg.size.positions // 8 - len(head) + 1, inject=injection)
                 written.append(model.logits(hidden[0, -1]).argmax().item())
@@ -90,18 +90,23 @@ def test_the_longest_problem_is_counted_in_positions(monkeypatch):
     problems = run.task.draw(co.rng_of(0, "longest", 3), co.TRAIN, 3, 300)
     batch = co.make_batch(run, problems, [run.task.work(problem) for problem in problems], 4)
     positions = batch.valid.sum(1) + (batch.answer_target != co.IGNORE).sum(1)
-    assert co.try_out(run.task, run.text, run.cfg)[1::2] == [4, positions.max()]
+    assert co.try_out(run.task, run.text, run.cfg)[1] == 4
     most, works = int(positions.max()), [run.task.work(problem) for problem in problems]
     monkeypatch.setitem(co.SIZES, "tiny", co.Size(3, 3, 96, most))
     co.make_batch(run, problems, works, 4)
     monkeypatch.setitem(co.SIZES, "tiny", co.Size(3, 3, 96, most - 1))
     with pytest.raises(co.UserError, match=f"draw: {most} positions: [(]"):
         co.make_batch(run, problems, works, 4)
+    monkeypatch.setattr(run.text, "wordings", {"step": ["a"]})
+    with pytest.raises(co.UserError, match=f"texts take {most} of {most - 1} positions"):
+        co.try_out(run.task, run.text, run.cfg)
 
 def test_positions_end_where_the_model_ends():
     """Text that runs away stays at the last position."""
     model = co.new_model(run_of())
-    assert model.places(torch.zeros(1, 3, 96), 254, None).tolist() == [[254, 255, 255]]
+    model.read = 0
+    _, _, stream = model(torch.zeros(1, 3, 96), pos=254)
+    assert torch.equal(stream[0], model.wpe.weight[[254, 255, 255]])
 
 def test_larger_models_take_fewer_steps_in_thoughts():
     """By 1 / sqrt(width), but as many as were asked for."""
@@ -114,7 +119,7 @@ def test_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, *_: phases.append((phase, steps)))
     monkeypatch.setattr(co, "stage_scores", lambda *_: co.rate([True]))
     run = run_of("--digits", "2-4", "--train-mixed", 7, out=tmp_path / "run")
-    co.make_folder(run)
+    run.out.mkdir()
     co.train_coconut(run)
     mixed = [(f"coconut {k}", 7 * k) for k in range(1, 5)]
     assert phases == [("coconut 0", 250), *mixed, ("coconut all", 2200)]
@@ -183,7 +188,7 @@ def test_what_an_oracle_s_step_trains(monkeypatch):
     monkeypatch.setattr(co, "load_model", lambda *args: co.new_model(run))
     monkeypatch.setattr(co, "save_model", lambda *args: None)
     co.train_oracle(run, "lora")
-    half = run.text.longest // 2
+    half = run.longest // 2
     assert reached == [None, half, half, half] * 50 and not rehearsed
     co.train_oracle(run)
     assert set(rehearsed) == {2} and 30 < len(rehearsed) < 70
@@ -385,7 +390,7 @@ def test_the_curriculum_repeats_text_in_half_batches(tmp_path, monkeypatch):
         loss_of(step, co.rng_of(1, step)) for step in range(200)])
     monkeypatch.setattr(co, "coconut_loss", lambda run, model, stage, rng, n=None: sizes[stage].append(n))
     monkeypatch.setattr(co, "stage_scores", lambda *_: co.rate([True]))
-    co.make_folder(run)
+    run.out.mkdir()
     co.train_coconut(run)
     assert sizes["0"][:200] == [None] * 200 and set(sizes["0"][200:]) == {4} and 15 < len(sizes["0"][200:]) < 45
     assert sizes["1"] == sizes["2"] == [None] * 200 and set(sizes["all"]) == {None}
