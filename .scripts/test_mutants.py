@@ -113,15 +113,17 @@ def test_larger_models_take_fewer_steps_in_thoughts():
     cfg = co.parse(["--model", "gpt2", "--init", "scratch", "--train-mixed", "90"])  # 8 times as wide as tiny
     assert (cfg.train_text, cfg.train_mixed, cfg.train_latent, cfg.size.width) == (250, 90, 778, 768)
 
-def test_stages(tmp_path, monkeypatch):
-    """Text, then one slot more at a time as thoughts, in so many steps for each of them, and all slots."""
+@pytest.mark.parametrize("kind, stages", [("faithful", 4), ("plain", 4), ("bottleneck", 5)])
+def test_stages(tmp_path, monkeypatch, kind, stages):
+    """Text, then one slot more at a time as thoughts, in so many steps for each of them, and all slots; where nobody
+    explains them, these first with the problem in sight."""
     phases = []
     monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, *_: phases.append((phase, steps)))
     monkeypatch.setattr(co, "stage_scores", lambda *_: co.rate([True]))
-    run = run_of("--digits", "2-4", "--train-mixed", 7, out=tmp_path / "run")
+    run = run_of("--digits", "2-4", "--train-mixed", 7, "--thoughts", kind, out=tmp_path / "run")
     run.out.mkdir()
     co.train_coconut(run)
-    mixed = [(f"coconut {k}", 7 * k) for k in range(1, 5)]
+    mixed = [(f"coconut {k}", 7 * k) for k in range(1, stages + 1)]
     assert phases == [("coconut 0", 250), *mixed, ("coconut all", 2200)]
 
 def test_tokens_before_the_answer(monkeypatch):
