@@ -2,7 +2,9 @@
 
 import ast
 import itertools
+import json
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -338,6 +340,12 @@ def test_mutants_are_small_and_the_same_again():
     assert len({*some} & {*mutate.drawn(changed, ast.parse(changed), 0, 8)}) >= 6
     code = "'text'\ndef f():\n    def g(): return 1\n    return g()\nclass A:\n    def h(self): return f()\nA().h()"
     assert "_called.add('A.h')" in ast.unparse(trial.recording(ast.parse(code)))
+
+def test_every_explained_mutant_can_still_be_drawn():
+    """mutants.json names mutants of this program, not of one that was."""
+    source, here = Path(co.__file__).read_text(), Path(mutate.__file__).parent
+    every = mutate.drawn(source, ast.parse(source), 0, 10**6)
+    assert {*json.loads((here / "mutants.json").read_text())} <= {*every}
 
 def test_a_step_is_given_as_text_too(monkeypatch):
     """In half of the batches of a mixed stage one written step is the row before's and not to be predicted,
