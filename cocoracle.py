@@ -40,7 +40,7 @@ Glossary
   part      of the program, what --stage names: coconut, probes, oracle, lora, eval, ask
   original  syvb/cocoracle, the project that this one re-implements
   iia       interchange accuracy: with a thought given, how often the answer is what the hand-worked
-            sum with the donor's step spells. keep: how often the answer stays the model's own
+            sum with the donor's step spells. keep: with all given, how often it stays the model's own
   a rate    {"exact": share, "n": number, "ci95": interval}, as in results.json
   B batch, T positions of this call, S positions before, C width, V vocabulary, H heads,
   K thoughts, N readings
@@ -161,6 +161,7 @@ class Config:
     thoughts: str = flag("faithful", "kind of thoughts, see KINDS", tuple(KINDS))
     read_layer: float = flag(0.5, "layer that is read, as a share of the depth", low=0, high=1)
     explain: float = flag(0.5, "thoughts asked for in words, in training, a problem", low=0.1)
+    given: int = flag(1, "steps of a problem given at once, in training, at most")
     # training, in steps
     batch_size: int = flag(32, "problems (or readings) in a batch, all of one size", low=2)
     accumulate: int = flag(2, "batches in a step, each of its own problems and size")
@@ -469,9 +470,9 @@ class Batch(NamedTuple):
     answer: torch.Tensor  # (B, T") <eot> and the answer, padded on the right
     answer_target: torch.Tensor  # (B, T")
 
-def make_batch(run, problems, works, n_text, given_slot=None):
+def make_batch(run, problems, works, n_text, given=()):
     """Problems, worked as in `works` (lists of steps), the first n_text steps as text -> Batch.
-    given_slot: the one whose text is not to be predicted."""
+    given: slots whose text is not to be predicted."""
     task, text, device = run.task, run.text, run.cfg.device
     prefixes, targets, answers = [], [], []
     for problem, steps in zip(problems, works):
@@ -479,7 +480,7 @@ def make_batch(run, problems, works, n_text, given_slot=None):
         for slot, step in enumerate(steps[:n_text]):
             ids = [*text.ids(task.say(step)), text.sep]
             written += ids
-            target += [IGNORE] * len(ids) if slot == given_slot else ids
+            target += [IGNORE] * len(ids) if slot in given else ids
         prefixes.append([*text.ids(task.text(problem)), text.bot, *written])
         # Targets stand one to the left of their tokens. Nothing is to follow the last <sep>: there
         # a thought is fed, or <eot>.
@@ -694,9 +695,9 @@ class Thought(NamedTuple):
         """The thought with every tensor changed."""
         return Thought(self.seen.map(change), change(self.hidden), change(self.reading))
 
-    def roll(self):
-        """To each problem the thought of the row before."""
-        return self.map(lambda x: x.roll(1, 0))
+    def roll(self, shift=1):
+        """To each problem the thought of the row before, or so many before."""
+        return self.map(lambda x: x.roll(shift, 0))
 
 class Prompt(NamedTuple):
     """What a model has read and goes on from: problems up to the first thought, or a question."""
@@ -1191,7 +1192,7 @@ def show_rate(r):
 # 8. Coconut: from text steps to thoughts, and to thoughts that mean what they say
 
 def rows_before(rows, shift=1):
-    """To each row the one before, as Thought.roll()."""
+    """To each row the one so many before, as Thought.roll()."""
     return rows[-shift:] + rows[:-shift]
 
 def work_all(task, problems, donors={}):
@@ -1203,19 +1204,19 @@ def work_all(task, problems, donors={}):
         works.append(task.work(problem, given) if given else task.work(problem))
     return works
 
-def explain_loss(run, model, rng, problems, works, thoughts, slot):
+def explain_loss(run, model, rng, problems, works, thoughts, first=None):
     """Nats a token of what the model says, asked as an oracle is, of --explain thoughts a problem
     (0.5: of one of every second): unwhitened, and with gradients into them. works: the steps
-    trained on, a given one included; the last ones are thoughts. slot: the one given, or None;
-    where it is a thought, half of the time only it and later ones are asked about. (SIM-CoT, arXiv
-    2509.20317, has a decoder of its own.)
+    trained on, given ones included; the last ones are thoughts. first: the first slot given; half
+    of the time no earlier one is asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of
+    its own.)
     """
     each = run.cfg.explain
-    chosen = np.arange(math.ceil(each * len(problems))) / each  # rows, in order
+    chosen = np.arange(math.ceil(each * len(problems))) / each  # cut to rows below
     chosen = chosen.astype(int) % len(problems)  # 0.68 * 75 is more than 51
     problems, works = [problems[row] for row in chosen], [works[row] for row in chosen]
     n_text = len(works[0]) - len(thoughts)
-    low = n_text if slot is None or rng.random() < 0.5 else max(slot, n_text)
+    low = n_text if first is None or rng.random() < 0.5 else max(first, n_text)
     asked = sum([steps[low:] for steps in works], [])
     if all(map(run.task.never_read, asked)):
         return torch.zeros((), device=run.cfg.device)
@@ -1226,38 +1227,43 @@ def explain_loss(run, model, rng, problems, works, thoughts, slot):
 
 def coconut_loss(run, model, stage, rng, n=None):
     """Loss of n fresh problems of one size at a stage: cross-entropy of what the model must write,
-    its text steps and the answer, never the problem's digits, and the explaining loss.
+    its own text steps and the answer, never the problem's digits, and the explaining loss.
 
     Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches, but for
-    those all of text, the step of one slot is the row before's: its thought in the last stage, in
-    mixed ones its text, where there is any. What is trained is the sum worked with that step given;
-    later thoughts are thought anew. Thoughts are exchanged in the last stage alone: before, it
-    wrecks the learning.
+    those all of text, the step of one slot is the row before's (with --given, more slots', of more
+    rows): its thought in the last stage, in mixed ones its text, where there is any. What is
+    trained is the sum worked with that step given; later thoughts are thought anew. Thoughts are
+    exchanged in the last stage alone: before, it wrecks the learning.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)
     works = work_all(task, problems)
     n_text, count = plan(run, len(works[0]), stage)
-    slot, given = None, {}
-    # slots of which one may be given: none in stage 0, thoughts in the last stage, else text steps
+    slots, donors, given = [], {}, {}
+    # how many slots may be given: in stage 0 none, in the last stage thoughts, else text steps
     may_give = 0 if stage == "0" else count if stage == "all" else n_text
     if kind.exchange and run.exchanges and may_give and rng.random() < 0.5:
         # the last twice as often: of sums, the final carry, which is often the same
-        slot = min(int(rng.integers(may_give + 1)), may_give - 1)
-        works = work_all(task, problems, {slot: rows_before(problems)})
-    batch = make_batch(run, problems, works, n_text, slot)
+        one = min(int(rng.integers(may_give + 1)), may_give - 1)
+        slots = sorted({one, *rng.integers(may_give, size=rng.integers(cfg.given)).tolist()})
+        for shift, slot in enumerate(slots, 1):
+            donors[slot] = rows_before(problems, shift)
+        works = work_all(task, problems, donors)
+    batch = make_batch(run, problems, works, n_text, slots)
     n_targets = batch.text_target.shape[1]  # of text: 0 in the last stage
     prompt, hidden = encode(run, model, batch, stage, last=max(n_targets, 1))
-    if slot is not None and stage == "all":
-        own = think(model, prompt, slot + 1)  # as far as that slot: not thought twice
-        given = {**dict(enumerate(own)), slot: own[slot].roll()}
+    if slots and stage == "all":
+        own = think(model, prompt, slots[-1] + 1)
+        given = dict(enumerate(own[:slots[0]]))  # up to the first one: not thought twice
+        for shift, slot in enumerate(slots, 1):
+            given[slot] = own[slot].roll(shift)
     thoughts = think(model, prompt, count, given)
     answered, _, _ = model(model.wte(batch.answer), *prompt.for_answer(thoughts))
     # logits only where they are used
     logits = model.logits(torch.cat([hidden[:, :n_targets], answered], dim=1))
     total = nats = token_loss(logits, torch.cat([batch.text_target, batch.answer_target], dim=1))
     if kind.explain and count:
-        told = explain_loss(run, model, rng, problems, works, thoughts, slot)
+        told = explain_loss(run, model, rng, problems, works, thoughts, *slots[:1])
         total = nats + cfg.explain * told  # each thought counts as much as an answer
     return Loss(total, nats, all_right(logits[:, n_targets:], batch.answer_target))
 
@@ -1284,7 +1290,7 @@ class Solved(NamedTuple):
 
 def solve(run, model, problems, donors={}, stage="all"):
     """Think problems and work them by hand. At the last stage, the thoughts, and steps, of some
-    slots may be given by donors {slot: as many problems}. -> Solved. All answers, causal figures,
+    slots may be given by donors {slot: as many problems}. -> Solved. All answers, iia figures,
     examples and ask are made of this experiment."""
     given = {slot: think_through(run, model, others)[1][slot] for slot, others in donors.items()}
     works = work_all(run.task, problems, donors)
@@ -1566,11 +1572,13 @@ def control_scores(run, oracle, known):
     return {name: step_scores(run.task, words, steps) for name, words in said.items()}
 
 def donations(run, tests, test, slot, rng):
-    """Who gives thoughts to the problems of a test, in this slot: (figure, donors), one by one.
+    """Who gives thoughts to a test's problems, in this slot (two, three: in others, too): (figure,
+    donors), one by one.
 
-    iia: the row before. Never trained: iia_two, iia_three, so many slots from as many donors, and
-    iia_size, donors of another size. iia_same: training problems whose step there is the own one,
-    word for word (where there is none, the problem itself, which does not count).
+    iia: the row before. iia_two, iia_three: so many slots from as many donors (more than --given
+    are never trained). iia_size: donors of another size (never trained). iia_same: training
+    problems whose step there is the own one, word for word (where there is none, the problem
+    itself, which does not count).
     """
     task, problems, donors = run.task, test.problems, {}
     others = [other for other in rng.permutation(len(test.thoughts)).tolist() if other != slot]
