@@ -1193,6 +1193,7 @@ def show_rate(r):
 
 def rows_before(rows, shift=1):
     """To each row the one so many before, as Thought.roll()."""
+    shift %= len(rows)
     return rows[-shift:] + rows[:-shift]
 
 def work_all(task, problems, donors={}):

@@ -152,6 +152,11 @@ def test_who_is_asked_what(monkeypatch):
     _, slots = co.readable(run.task, co.rng_of(0), [co.columns(47, 85)] * 3000)
     assert np.allclose(np.bincount(slots) / 3000, (0.4, 0.4, 0.2), atol=0.03)
 
+@pytest.mark.parametrize("shift", range(1, 6))
+def test_rows_before_are_those_of_rolled_thoughts(shift):
+    """Also of fewer rows than that."""
+    assert co.rows_before([0, 1, 2], shift) == torch.arange(3).roll(shift).tolist()
+
 def test_donations_and_what_follows(monkeypatch):
     """As many donors as a figure's name says; of next thoughts, those that changed and that readers know are asked."""
     run, tests = by_hand(monkeypatch, "--digits", "2,3", "--eval-problems", 100)
