@@ -40,7 +40,7 @@ Glossary
   part      of the program, what --stage names: coconut, probes, oracle, lora, eval, ask
   original  syvb/cocoracle, the project that this one re-implements
   iia       interchange accuracy: with a thought given, how often the answer is what the hand-worked
-            sum with the donor's step spells. keep: with all given, how often it stays the model's own
+            sum with the donor's step spells. keep: with all given, how often it stays as it was
   a rate    {"exact": share, "n": number, "ci95": interval}, as in results.json
   B batch, T positions of this call, S positions before, C width, V vocabulary, H heads,
   K thoughts, N readings

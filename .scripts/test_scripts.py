@@ -167,7 +167,7 @@ def test_the_gpu_script_compares_what_it_says(monkeypatch, tmp_path, capsys):
     """Compiled bfloat16 steps are as near to float32 as eager ones, and thoughts are exchanged."""
     gpu, rolls, roll = module_of(".scripts/gpu.py"), [], co.Thought.roll
     monkeypatch.setattr(co, "SIZES", NARROW)
-    monkeypatch.setattr(co.Thought, "roll", lambda self: rolls.append(1) or roll(self))
+    monkeypatch.setattr(co.Thought, "roll", lambda *args: rolls.append(1) or roll(*args))
     assert 2 <= gpu.correctness("cpu", "gpt2", tmp_path, "eager") < 20 and rolls
     checks = co.load_json(tmp_path / "checks.json")
     assert len(checks) == capsys.readouterr().out.count("ok     ") == 6
