@@ -470,9 +470,9 @@ class Batch(NamedTuple):
     answer: torch.Tensor  # (B, T") <eot> and the answer, padded on the right
     answer_target: torch.Tensor  # (B, T")
 
-def make_batch(run, problems, works, n_text, given=()):
+def make_batch(run, problems, works, n_text, given_slots=()):
     """Problems, worked as in `works` (lists of steps), the first n_text steps as text -> Batch.
-    given: slots whose text is not to be predicted."""
+    given_slots: those whose text is not to be predicted."""
     task, text, device = run.task, run.text, run.cfg.device
     prefixes, targets, answers = [], [], []
     for problem, steps in zip(problems, works):
@@ -480,7 +480,7 @@ def make_batch(run, problems, works, n_text, given=()):
         for slot, step in enumerate(steps[:n_text]):
             ids = [*text.ids(task.say(step)), text.sep]
             written += ids
-            target += [IGNORE] * len(ids) if slot in given else ids
+            target += [IGNORE] * len(ids) if slot in given_slots else ids
         prefixes.append([*text.ids(task.text(problem)), text.bot, *written])
         # Targets stand one to the left of their tokens. Nothing is to follow the last <sep>: there
         # a thought is fed, or <eot>.
@@ -1209,8 +1209,8 @@ def explain_loss(run, model, rng, problems, works, thoughts, first=None):
     """Nats a token of what the model says, asked as an oracle is, of --explain thoughts a problem
     (0.5: of one of every second): unwhitened, and with gradients into them. works: the steps
     trained on, given ones included; the last ones are thoughts. first: the first slot given; half
-    of the time no earlier one is asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of
-    its own.)
+    of the time no earlier thought is asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its
+    own.)
     """
     each = run.cfg.explain
     chosen = np.arange(math.ceil(each * len(problems))) / each  # cut to rows below
