@@ -112,18 +112,13 @@ KINDS = {
 }
 
 class Recipe(NamedTuple):
-    """Peak learning rates of AdamW, and of Muon on the blocks' matrices (0: AdamW too), and weight
-    decay."""
-    adam: float
-    muon: float
-    decay: float
+    adam: float  # peak rate of AdamW, at tiny's width; it goes with 1 / width
+    muon: float  # peak rate of Muon, on the blocks' matrices, at any width; 0: AdamW on these too
+    decay: float  # weight decay
 
-# By kind of training, for tiny's width. AdamW's rates go with 1 / width, Muon's are the same for
-# all (its updates are orthogonal), and the number of updates in stages with thoughts goes with
-# 1 / sqrt(width). So much decay in the last stage leaves more in a plain thought to read. Released
-# weights take the same, which is tried on a stand-in for them alone (README).
-RECIPES = {**dict.fromkeys(("text", "mixed", "oracle", "lora"), Recipe(3e-3, 0.02, 0.01)),
-         "last": Recipe(3e-3, 0.01, 0.3)}
+# Of the last stage, and of all before and after it. So much decay in the last stage leaves more in
+# a plain thought to read.
+RECIPES = {"text": Recipe(3e-3, 0.02, 0.01), "last": Recipe(3e-3, 0.01, 0.3)}
 PROBE_RECIPE = Recipe(5e-3, 0.0, 0.01)
 AGAIN = 0.15  # share of the last stage's batches that repeat stage 0, half as large: text on demand
 REHEARSAL = 0.25  # share of a fine-tuned oracle's batches that repeat the coconut's own task too
@@ -377,6 +372,8 @@ class Text:
             asked = [form.format(noun, at) for noun, at, form in product(nouns, PLACES, FORMS)]
             self.test_wording[family] = asked.pop(len(asked) // 2)
             self.wordings[family] = asked
+        self.families = list(families)  # the step's first
+        self.of_thoughts = [family for family in families if family not in WHOLE]
         self.ranks = ranks or self.own_ranks(task)
         self.special = {name: len(self.ranks) + i for i, name in enumerate(RESERVED)}
         self.enc = tiktoken.Encoding("cocoracle", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
@@ -438,10 +435,9 @@ def try_out(task, text, cfg):
                     fields = task.fields(step)
                     if fields is not None:
                         fit = [fields.get(name) in range(n) for name, n in task.FIELDS.items()]
-                        assert all(fit) and len(fit) == len(fields), (
-                            "fields: None, or for each of FIELDS a number below its classes")
-                    has_fields = bool(fields) or not task.FIELDS
-                    n_readable += has_fields and not task.never_read(step)
+                        assert all(fit) and [*fields] == [*task.FIELDS], (
+                            "fields: None, or for each of FIELDS, in order, a number below it")
+                        n_readable += not task.never_read(step)
                 measured.append((exchanges, len(steps), max(map(len, ids))))
             assert n_readable, f"never_read, fields: nothing to read in size {size}"
         except Exception as e:  # somebody's code raises anything
@@ -545,14 +541,14 @@ class Block(nn.Module):
 
     def compile(self, **how):
         """Compile all but attention, which has a kernel of its own. Functions of rows (N, C) are
-        compiled once for prefixes, thoughts and answers; whole blocks were compiled 17 times."""
+        compiled once for prefixes, thoughts and answers."""
         self.before = torch.compile(self.before, dynamic=True, **how)
         self.after = torch.compile(self.after, dynamic=True, **how)
 
     def forward(self, x, past, mask, last):
         """x (B, T, C) -> the stream of the last positions (B, last, C); new keys and values.
 
-        past: keys and values of segments, each (B, H, S, C/H); mask bool (B|1, 1, last, S+T), or
+        past: keys and values of segments, each (B, H, S, C/H); mask bool (B|1, 1, T, S+T), or
         None: causal attention, or one query that sees all.
         """
         B, T, C = x.shape
@@ -563,7 +559,8 @@ class Block(nn.Module):
             k = torch.cat([keys for keys, _ in past] + [k], dim=2)  # (B, H, S+T, C/H)
             v = torch.cat([values for _, values in past] + [v], dim=2)
         causal = mask is None and last > 1
-        y = F.scaled_dot_product_attention(q[:, :, T - last:], k, v, mask, is_causal=causal)
+        seen = None if mask is None else mask[:, :, T - last:]
+        y = F.scaled_dot_product_attention(q[:, :, T - last:], k, v, seen, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, last, C)
         x = self.after(rows_of(x[:, T - last:]), rows_of(y))
         return x.view(B, last, C), new
@@ -582,7 +579,7 @@ def attention_mask(x, past, valid, last):
     """Bool (B|1, 1, T, S+T), True where a query may see a key. None where it need not be told: one
     query that may see all, or causal attention with nothing before.
 
-    A padding query still sees itself: a softmax over nothing would be NaN. No real query sees it.
+    A padding query still sees itself: a softmax over nothing would be NaN.
     """
     B, T, _ = x.shape
     known = [(segment.valid, segment.kv[0][0].shape[2]) for segment in past] + [(valid, T)]
@@ -596,6 +593,13 @@ def attention_mask(x, past, valid, last):
         itself = mask.triu(diagonal=S)  # each query's own key
         mask = mask & (torch.cat(seen, dim=1)[:, None] | itself)
     return mask[:, None]
+
+def injected(x, vectors, place):
+    """x (B, T, C) with readings (B, C) added at a place: h' = h + scale * ||h|| * v / ||v||."""
+    strength = SCALE * x[:, place].norm(dim=-1, keepdim=True)
+    norm = vectors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    added = (strength * vectors / norm).to(x.dtype)[:, None]  # (B, 1, C)
+    return x + F.pad(added, (0, 0, place, x.shape[1] - place - 1))
 
 class GPT(nn.Module):
     def __init__(self, n_vocab, layers, heads, width, positions, read):
@@ -614,12 +618,12 @@ class GPT(nn.Module):
             if p.ndim == 2:
                 nn.init.normal_(p, std=std * smaller.get(name.split(".")[-2], 1))
 
-    def forward(self, x, past=(), pos=0, valid=None, inject=None, last=None):
+    def forward(self, x, past=(), pos=0, valid=None, inject=None, place=0, last=None):
         """Run embeddings through the blocks, after what the segments in `past` hold.
 
         x (B, T, C): token embeddings or thoughts, without positions; pos: position of the first
-        one, an int or (B, 1); valid (B, T) bool: False at padding; inject: an Injection below the
-        last layer; last: how many hidden states are wanted, from the end.
+        one, an int or (B, 1); valid (B, T) bool: False at padding; inject: readings (B, C), added
+        at `place`, one layer before self.read; last: how many hidden states, from the end.
         -> hidden states after ln_f (B, last, C); the new Segment; the residual stream at layer
         self.read (B, T, C), but (B, last, C) after the last block.
         """
@@ -629,15 +633,13 @@ class GPT(nn.Module):
         counted = x.new_ones(1, T, dtype=torch.long) if valid is None else valid
         x = x + self.wpe((pos + counted.cumsum(1) - 1).clamp(0, len(self.wpe.weight) - 1))
         mask = attention_mask(x, past, valid, last)
-        kv, stream, wanted = [], None, T
+        kv, stream = [], None
         for layer, block in enumerate(self.h):
-            if inject and inject.layer == layer:
-                x = inject.into(x)
+            if inject is not None and layer == max(self.read - 1, 0):
+                x = injected(x, inject, place)
             if layer == self.read:
                 stream = x
-            if layer == len(self.h) - 1 and last < T:
-                # The last block is spared what nobody reads (tiny's oracle step: 71 -> 57 ms).
-                wanted, mask = last, None if mask is None else mask[:, :, T - last:]
+            wanted = last if layer == len(self.h) - 1 else T  # the last block: what is read of it
             x, new = block(x, [segment.kv[layer] for segment in past], mask, wanted)
             kv.append(new)
         stream = x if self.read == len(self.h) else stream
@@ -794,20 +796,7 @@ def answer(run, model, prompt, thoughts):
     return [text.show(row) + "..." * (text.eos not in row) for row in ids.tolist()]
 
 # --------------------------------------------------------------------------------------------------
-# 6. Reading: injection (Activation Oracles, section 3), the question, the answer, LoRA
-
-class Injection(NamedTuple):
-    """A reading to be added to the residual stream: h' = h + scale * ||h|| * v / ||v||."""
-    vectors: torch.Tensor  # (B, C)
-    place: int  # of the <act> token in the input, the same in all rows
-    layer: int
-
-    def into(self, x):
-        """x (B, T, C) with the vectors added, out of place."""
-        strength = SCALE * x[:, self.place].norm(dim=-1, keepdim=True)
-        norm = self.vectors.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        added = (strength * self.vectors / norm).to(x.dtype)[:, None]  # (B, 1, C)
-        return x + F.pad(added, (0, 0, self.place, x.shape[1] - self.place - 1))
+# 6. Reading (Activation Oracles, section 3): the question, the answer, LoRA
 
 class Whitener:
     """Readings, centred and of unit variance in all directions.
@@ -839,8 +828,8 @@ def consult(run, model, questions, vectors, said):
     them -> Prompt, whose hidden states are those from <act> on, (B, 1 + T', C).
 
     A prompt is the question and <act>: so a question that many rows ask is computed once, and its
-    keys and values are shared. (In the original the question comes last.) <act> is at the same
-    position for all: where it was not, saying was learnt anew for each length of question.
+    keys and values are shared. <act> is at the same position for all: where it was not, saying was
+    learnt anew for each length of question.
     """
     number = {question: n for n, question in enumerate(dict.fromkeys(questions))}
     asked = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
@@ -856,14 +845,13 @@ def consult(run, model, questions, vectors, said):
     # index_select: on a CPU the backward of x[which] sums in any order, so that runs would differ
     segment = segment.map(lambda x: x.index_select(0, which))
     tail = F.pad(said, (1, 0), value=run.text.act)
-    injection = Injection(vectors, place=0, layer=max(run.cfg.layer - 1, 0))
     begin = torch.full_like(tail[:, :1], act_at)
-    hidden, new, _ = model(model.wte(tail), [segment], begin, inject=injection)
+    hidden, new, _ = model(model.wte(tail), [segment], begin, inject=vectors)
     return Prompt([segment, new], hidden, begin + tail.shape[1])
 
 def oracle_loss(run, model, questions, targets, vectors, most=None):
     """Nats a token of what should be said (a list of text), at most its first `most` tokens, and
-    (B,) 1. where all of these are right. Built from token ids, never from the length of strings."""
+    (B,) 1. where all of these are right."""
     eos = run.text.eos
     ids = pad([(*run.text.ids(target), eos) for target in targets], IGNORE)
     target = put(ids[:, :most], vectors.device)
@@ -886,10 +874,6 @@ def ask(run, oracle, readings, question=None):
             ids, _ = write(oracle.model, asked, eos, run.longest + 2)
         answers += [run.text.show(row) for row in ids.tolist()]
     return answers[:n]
-
-def families_of(run, whole=True):
-    """Families of questions, the step's first; perhaps without those about the whole problem."""
-    return [family for family in run.text.wordings if whole or family not in WHOLE]
 
 def truth(task, problem, steps, slot, family):
     """What a question of this family about the thought of a slot should be answered."""
@@ -931,8 +915,7 @@ def draw_questions(run, rng, families, problems, works, low=0):
     return questions, targets, rows, slots
 
 def pick(readings, rows, slots):
-    """Readings (B, K, C) of some rows and slots -> (N, C). By index_select: on a CPU, backwards
-    through readings[rows, slots] sums in any order, so that runs would differ."""
+    """Readings (B, K, C) of some rows and slots -> (N, C). By index_select, as in consult()."""
     where = put(rows * readings.shape[1] + slots, readings.device)
     return readings.flatten(0, 1).index_select(0, where)
 
@@ -985,8 +968,9 @@ def new_model(run, weights=None):
             block.compile()
     return model.to(cfg.device)
 
-def adapter_of(model):
-    return {key: x for key, x in model.state_dict().items() if ".lora_" in key}
+def trained(model):
+    """What is trained of a model, by name: all of it, or its adapter."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 def load_model(run, name):
     """A finished part's model. "base" is the stage-0 model, or the released GPT-2, and "lora" the
@@ -995,7 +979,7 @@ def load_model(run, name):
     model = new_model(run, read_safetensors(path, shapes_of(run)))
     if name == "lora":
         add_lora(model)
-        shapes = {key: tuple(x.shape) for key, x in adapter_of(model).items()}
+        shapes = {key: x.shape for key, x in trained(model).items()}
         adapter = gpt2_weights.read_adapter(run.out / name, shapes, 2 * LORA_RANK)
         model.load_state_dict(adapter, strict=False)
     return model
@@ -1005,7 +989,7 @@ def save_model(run, name, model):
     cfg, text, out = run.cfg, run.text, run.out / name
     if name == "lora":
         base = str(run.out / "base")
-        gpt2_weights.save_adapter(out, adapter_of(model), LORA_RANK, 2 * LORA_RANK, base)
+        gpt2_weights.save_adapter(out, trained(model), LORA_RANK, 2 * LORA_RANK, base)
     else:
         gpt2_weights.save_model(out, model.state_dict(), cfg.size.heads, text.ranks, text.PATTERN,
                                 text.special)
@@ -1018,9 +1002,7 @@ class Loss(NamedTuple):
 class Muon(torch.optim.Optimizer):
     """SGD with Nesterov momentum whose steps are made orthogonal by 5 Newton-Schulz steps (Jordan
     et al. 2024), in the precision of training. torch.optim.Muon does the same in bfloat16 alone,
-    which most CPUs emulate: 60% of tiny's step. A step is scaled by sqrt(rows / columns) where
-    there are more rows: in GPT-2's layout, (in, out), in the MLP's second matrix. All recipes
-    were found so."""
+    which most CPUs emulate. A step is scaled by sqrt(rows / columns) where there are more rows."""
 
     def __init__(self, params, lr, weight_decay, dtype):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -1106,8 +1088,7 @@ def save_last(run, phase, step, model, optimizers):
     """last.pt: where the run stands, for --resume. Replaced whole."""
     path = run.out / "last.pt"
     state = {"phase": phase, "step": step, "seconds": time.time() - run.start,
-             "params": {name: p.detach() for name, p in model.named_parameters()
-                        if p.requires_grad},
+             "params": trained(model),
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     with one_line(path, "make room, then --resume"), gpt2_weights.replacing(path) as file:
         torch.save(state, file)
@@ -1125,10 +1106,7 @@ def load_last(run):
 
 def fit(run, phase, model, steps, recipe, loss_of):
     """The training loop of every part: the rate is the lesser of a linear warm-up over 50
-    steps and a linear decay from the first step on.
-
-    loss_of(step, rng) -> Loss. Its data is a function of these two.
-    """
+    steps and a linear decay from the first step on. loss_of: as in train_step()."""
     optimizers = make_optimizers(run, model, recipe)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     first, checkpoint = 0, load_last(run)
@@ -1193,8 +1171,7 @@ def show_rate(r):
 
 def rows_before(rows, shift=1):
     """To each row the one so many before, as Thought.roll()."""
-    shift %= len(rows)
-    return rows[-shift:] + rows[:-shift]
+    return [rows[(row - shift) % len(rows)] for row in range(len(rows))]
 
 def work_all(task, problems, donors={}):
     """Problems worked by hand, with the steps of some slots given by donors {slot: as many
@@ -1205,24 +1182,25 @@ def work_all(task, problems, donors={}):
         works.append(task.work(problem, given) if given else task.work(problem))
     return works
 
-def explain_loss(run, model, rng, problems, works, thoughts, first=None):
+def explain_loss(run, model, rng, problems, works, thoughts, given_slots=()):
     """Nats a token of what the model says, asked as an oracle is, of --explain thoughts a problem
     (0.5: of one of every second): unwhitened, and with gradients into them. works: the steps
-    trained on, given ones included; the last ones are thoughts. first: the first slot given; half
-    of the time no earlier thought is asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its
-    own.)
+    trained on, given ones included; the last ones are thoughts. Half of the time no thought before
+    the first one given is asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its own.)
     """
     each = run.cfg.explain
     chosen = np.arange(math.ceil(each * len(problems))) / each  # cut to rows below
     chosen = chosen.astype(int) % len(problems)  # 0.68 * 75 is more than 51
     problems, works = [problems[row] for row in chosen], [works[row] for row in chosen]
     n_text = len(works[0]) - len(thoughts)
-    low = n_text if first is None or rng.random() < 0.5 else max(first, n_text)
+    low = n_text
+    if given_slots and rng.random() >= 0.5:
+        low = max(given_slots[0], n_text)
     asked = sum([steps[low:] for steps in works], [])
     if all(map(run.task.never_read, asked)):
         return torch.zeros((), device=run.cfg.device)
-    families = families_of(run, whole=False)
-    questions, targets, rows, slots = draw_questions(run, rng, families, problems, works, low)
+    questions, targets, rows, slots = draw_questions(
+        run, rng, run.text.of_thoughts, problems, works, low)
     vectors = pick(readings_of(thoughts), chosen[rows], slots - n_text)
     return oracle_loss(run, model, questions, targets, vectors)[0]
 
@@ -1230,11 +1208,10 @@ def coconut_loss(run, model, stage, rng, n=None):
     """Loss of n fresh problems of one size at a stage: cross-entropy of what the model must write,
     its own text steps and the answer, never the problem's digits, and the explaining loss.
 
-    Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches, but for
-    those all of text, the step of one slot is the row before's (with --given, more slots', of more
-    rows): its thought in the last stage, in mixed ones its text, where there is any. What is
-    trained is the sum worked with that step given; later thoughts are thought anew. Thoughts are
-    exchanged in the last stage alone: before, it wrecks the learning.
+    Exchange (interchange intervention training, arXiv 2112.00826): in half of the batches the step
+    of one slot (--given: of more) is the row before's: in the last stage its thought (earlier, it
+    wrecks the learning), in mixed ones its text, in stage 0 none. What is trained is the sum worked
+    with that step given; later thoughts are thought anew.
     """
     cfg, kind, task = run.cfg, run.cfg.kind, run.task
     problems = task.draw(rng, TRAIN, int(rng.choice(cfg.digits)), n or cfg.batch_size)
@@ -1244,7 +1221,7 @@ def coconut_loss(run, model, stage, rng, n=None):
     # how many slots may be given: in stage 0 none, in the last stage thoughts, else text steps
     may_give = 0 if stage == "0" else count if stage == "all" else n_text
     if kind.exchange and run.exchanges and may_give and rng.random() < 0.5:
-        # the last twice as often: of sums, the final carry, which is often the same
+        # the last twice as often: of sums' thoughts, the final carry, which is often the same
         one = min(int(rng.integers(may_give + 1)), may_give - 1)
         slots = sorted({one, *rng.integers(may_give, size=rng.integers(cfg.given)).tolist()})
         for shift, slot in enumerate(slots, 1):
@@ -1264,7 +1241,7 @@ def coconut_loss(run, model, stage, rng, n=None):
     logits = model.logits(torch.cat([hidden[:, :n_targets], answered], dim=1))
     total = nats = token_loss(logits, torch.cat([batch.text_target, batch.answer_target], dim=1))
     if kind.explain and count:
-        told = explain_loss(run, model, rng, problems, works, thoughts, *slots[:1])
+        told = explain_loss(run, model, rng, problems, works, thoughts, slots)
         total = nats + cfg.explain * told  # each thought counts as much as an answer
     return Loss(total, nats, all_right(logits[:, n_targets:], batch.answer_target))
 
@@ -1328,10 +1305,10 @@ def train_coconut(run):
     # Thoughts that nobody explains are all thought with the problem in sight, too, before they must
     # do without: of seeds 1 to 5, three answered less than 0.99, one 0.70, where they were not.
     in_sight = cfg.kind.bottleneck and not cfg.kind.explain
-    mixed = {str(k): ("mixed", cfg.train_mixed * k) for k in range(1, run.slots + in_sight)}
-    stages = {"0": ("text", cfg.train_text), **mixed, "all": ("last", cfg.train_latent)}
-    names, reached = [*stages], load_last(run).get("phase", "").removeprefix("coconut ")
-    for stage in names[names.index(reached) if reached in names else 0:]:
+    mixed = {str(k): cfg.train_mixed * k for k in range(1, run.slots + in_sight)}
+    steps = {"0": cfg.train_text, **mixed, "all": cfg.train_latent}
+    stages, reached = [*steps], load_last(run).get("phase", "").removeprefix("coconut ")
+    for stage in stages[stages.index(reached) if reached in stages else 0:]:
         if stage != reached:
             record(run, "coconut", "stages", stage, at_switch=stage_scores(run, model, stage, 200))
 
@@ -1340,8 +1317,8 @@ def train_coconut(run):
                 return coconut_loss(run, model, "0", rng, math.ceil(cfg.batch_size / 2))
             return coconut_loss(run, model, stage, rng)
 
-        name, steps = stages[stage]
-        fit(run, f"coconut {stage}", model, steps, cfg.recipes[name], loss_of)
+        recipe = cfg.recipes["last" if stage == "all" else "text"]
+        fit(run, f"coconut {stage}", model, steps[stage], recipe, loss_of)
         if stage == "0" and not cfg.pretrained:
             save_model(run, "base", model)
         scores = stage_scores(run, model, stage)
@@ -1400,10 +1377,9 @@ def train_oracle(run, name="oracle"):
     def loss_of(step, rng):
         problems, works, readings = draw(step, rng, cfg.batch_size)
         questions, targets, rows, slots = draw_questions(
-            run, rng, families_of(run), problems, works)
+            run, rng, run.text.families, problems, works)
         # Operands stand first and are learnt last: three updates of four go no further than half of
-        # the longest text (of sums: 600 in 28 s in place of 33, as good). What the log calls exact
-        # is of that half.
+        # the longest text, which is quicker. What the log calls exact is of that half.
         most = max(1, run.longest // 2) if step % 4 else None
         vectors = pick(readings, rows, slots)
         loss, right = oracle_loss(run, model, questions, targets, vectors, most)
@@ -1415,7 +1391,7 @@ def train_oracle(run, name="oracle"):
         return Loss(total, loss, right)
 
     steps = cfg.train_lora if lora else cfg.train_oracle
-    fit(run, name, model, steps, cfg.recipes[name], loss_of)
+    fit(run, name, model, steps, cfg.recipes["text"], loss_of)
     save_model(run, name, model)
 
 def self_oracle(run, coconut):
@@ -1455,8 +1431,7 @@ def field_hits(run, probe, readings, steps):
 
 def train_probes(run):
     """Linear probes, and probes with one hidden layer."""
-    # One large pool, never made anew: probes take so many readings that a small one would be learnt
-    # by heart.
+    # one large pool, never made anew: a small one would be learnt by heart
     draw, probes = pool_of(run, load_model(run, "coconut"), each=8000, life=2**31), new_probes(run)
     for name, probe in probes.items():
         def loss_of(step, rng):
@@ -1538,7 +1513,7 @@ def probe_scores(run, white, known):
     inner = [case for case in known if run.task.fields(case.step) is not None]
     vectors = white(stack(inner))
     probes, scores = new_probes(run), {}
-    shapes = {name: tuple(x.shape) for name, x in probes.state_dict().items()}
+    shapes = {name: x.shape for name, x in probes.state_dict().items()}
     probes.load_state_dict(read_safetensors(run.out / "probes.safetensors", shapes))
     for name, probe in probes.items():
         with evaluating(run, probe):
@@ -1603,20 +1578,17 @@ def follow(run, oracle, test, slot, patched, hits, by_slot):
     """With one slot given by another problem: is the answer right, where it should be another
     (iia_changed), and where later steps are others (iia_flow)? And does the next thought say its
     step, where that is another, and not one that is never read (said_after)?"""
-    moved = []
+    task, later = run.task, patched.thoughts[slot + 1:]
+    said = ask(run, oracle, later[0].reading) if later else []
     for row, right in enumerate(as_worked(run, patched)):
         steps, own = patched.works[row], test.works[row]
-        if run.task.spell(steps) != run.task.spell(own):
+        if task.spell(steps) != task.spell(own):
             hits["iia_changed"].append(right)
             by_slot[slot].append(right)
         if steps[slot + 1:] != own[slot + 1:]:
             hits["iia_flow"].append(right)
-            if steps[slot + 1] != own[slot + 1] and not run.task.never_read(steps[slot + 1]):
-                moved.append(row)
-    if moved:
-        readings = patched.thoughts[slot + 1].reading[moved]
-        for said, row in zip(ask(run, oracle, readings), moved):
-            hits["said_after"].append(said == run.task.say(patched.works[row][slot + 1]))
+            if steps[slot + 1] != own[slot + 1] and not task.never_read(steps[slot + 1]):
+                hits["said_after"].append(said[row] == task.say(steps[slot + 1]))
 
 def causal_scores(run, model, oracle, tests):
     """What answers and later thoughts do when thoughts are given -> the section "causal".
@@ -1706,11 +1678,11 @@ def evaluate(run):
         white = oracle.white or whitener_of(run, coconut)
         lora = Oracle(load_model(run, "lora"), white)
         known, never = cases_of(run.task, tests)
-        asked = families_of(run, whole=not kind.explain)
+        asked = run.text.of_thoughts if kind.explain else run.text.families
         sections["oracle"] = oracle_scores(run, oracle, known, never, asked)
         if not kind.explain:
             sections["oracle"]["skill_after"] = stage_scores(run, oracle.model)
-        sections["lora"] = oracle_scores(run, lora, known, never, families_of(run))
+        sections["lora"] = oracle_scores(run, lora, known, never, run.text.families)
         sections["controls"] = control_scores(run, oracle, known)
         sections["causal"] = causal_scores(run, coconut, oracle, tests)
         if run.task.FIELDS:

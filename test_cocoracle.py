@@ -199,17 +199,15 @@ def test_behind_the_bottleneck_the_answer_sees_thoughts_alone():
 def test_injection_formula():
     """h' = h + scale * ||h|| * v / ||v|| at the <act> tokens, elsewhere nothing; zeros inject nothing."""
     x, v = torch.randn(2, 5, 8), torch.randn(2, 8)
-    injection = co.Injection(v, place=3, layer=1)
-    out = injection.into(x)
+    out = co.injected(x, v, 3)
     want = x[:, 3] + 2 * x[:, 3].norm(dim=-1, keepdim=True) * v / v.norm(dim=-1, keepdim=True)
     assert near(out[:, 3], want, 1e-5) and torch.equal(out[:, [0, 1, 2, 4]], x[:, [0, 1, 2, 4]])
-    assert torch.equal(injection._replace(vectors=torch.zeros(2, 8)).into(x), x)
+    assert torch.equal(co.injected(x, torch.zeros(2, 8), 3), x)
     model, x = rough(run_of()), torch.randn(2, 5, 96)
-    model.read = 1
-    plain, _, own = model(x)
-    for layer, changed in ((0, True), (1, True), (2, False)):  # above the layer read, it is not seen there
-        hidden, _, stream = model(x, inject=co.Injection(torch.randn(2, 96), 3, layer))
-        assert torch.equal(stream, own) != changed and not torch.equal(hidden, plain)
+    for model.read, first in ((0, 0), (1, 0), (2, 1), (3, 2)):  # one layer before the one read
+        (hidden, given, stream), (plain, own, was) = model(x, inject=torch.randn(2, 96), place=3), model(x)
+        assert not torch.equal(stream, was) and not torch.equal(hidden, plain)
+        assert [torch.equal(a, b) for (a, _), (b, _) in zip(given.kv, own.kv)] == [i < first for i in range(3)]
 
 @pytest.mark.parametrize("stage", ["0", "2", "all"])
 def test_loss_equals_plain_rows(stage):
@@ -531,7 +529,7 @@ def test_never_read_steps_reach_no_reader(monkeypatch):
     monkeypatch.setattr(task, "never_read", lambda step: step.a is None)  # nor in questions about the whole problem
     problems, works, thoughts = tests[0].problems, tests[0].works, tests[0].thoughts
     for step in range(20):
-        assert max(co.draw_questions(run, co.rng_of(4, step), co.families_of(run), problems, works)[3]) < 2
+        assert max(co.draw_questions(run, co.rng_of(4, step), run.text.families, problems, works)[3]) < 2
     assert co.explain_loss(run, model, co.rng_of(5), problems, works, thoughts[-1:]) == 0  # nothing to ask
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,8 +548,8 @@ def test_consult_equals_plain_prompts():
     for row, question in enumerate(questions):
         head, said = text.ids(f"{question} Layer 2:<act>"), [*text.ids(targets[row]), text.eos]
         x = model.wte(torch.tensor([[*head, *said[:-1]]]))
-        injection = co.Injection(vectors[row:row + 1], len(head) - 1, 1)
-        hidden, _, _ = model(x, pos=run.cfg.size.positions // 8 - len(head) + 1, inject=injection)
+        begin = run.cfg.size.positions // 8 - len(head) + 1
+        hidden, _, _ = model(x, pos=begin, inject=vectors[row:row + 1], place=len(head) - 1)
         rows.append(F.cross_entropy(model.logits(hidden[0, len(head) - 1:]), torch.tensor(said)))
     assert abs(loss.item() - torch.stack(rows).mean().item()) < 1e-4 and right.shape == (3,)
     assert co.ask(run, co.Oracle(model), vectors)[0] == co.ask(run, co.Oracle(model), vectors[:1])[0]

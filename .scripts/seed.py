@@ -100,8 +100,7 @@ def ask(run, oracle, readings, question):
     ids, said, device = run.text.ids(f"Layer 18: <act> {words}"), [], readings.device
     for vectors in readings.split(250):
         x = oracle.wte(co.put([ids], device)).expand(len(vectors), -1, -1)
-        inject = co.Injection(vectors, ids.index(run.text.act), READ - 1)
-        hidden, segment, _ = oracle(x, inject=inject, last=1)
+        hidden, segment, _ = oracle(x, inject=vectors, place=ids.index(run.text.act), last=1)
         said += write(run, oracle, co.Prompt([segment], hidden, len(ids)), limit, hold)
     return [answer.strip() for answer in said]
 

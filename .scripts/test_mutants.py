@@ -79,10 +79,10 @@ def test_what_is_said_of_which_vectors():
         head = text.ids(f"{question or text.test_wording['step']} Layer 2:<act>")
         vectors = white(readings) if oracle.white else readings
         for row, said in enumerate(co.ask(run, oracle, readings, question)):
-            injection, written = co.Injection(vectors[row:row + 1], len(head) - 1, 1), []
+            written, begin = [], run.cfg.size.positions // 8 - len(head) + 1
             while text.eos not in written and len(written) < run.longest + 2:
                 x = model.wte(torch.tensor([[*head, *written]]))
-                hidden, _, _ = model(x, pos=run.cfg.size.positions // 8 - len(head) + 1, inject=injection)
+                hidden, _, _ = model(x, pos=begin, inject=vectors[row:row + 1], place=len(head) - 1)
                 written.append(model.logits(hidden[0, -1]).argmax().item())
             assert len(set(written)) > 2 and said == text.show(written)
 
