@@ -198,6 +198,11 @@ class Config:
         return {name: x for name, x in dataclasses.asdict(self).items() if name not in session}
 
     @property
+    def act_at(self):
+        """The position of <act>, which a question ends before: an eighth of all."""
+        return self.size.positions // 8
+
+    @property
     def layer(self):
         """The layer read. A reading is added one layer before, as in the original."""
         return math.ceil(self.read_layer * self.size.layers)
@@ -407,7 +412,8 @@ def try_out(task, text, cfg):
     for size in cfg.digits:
         problem, n_readable = f"of size {size}", 0
         try:
-            assert len(asked) <= room // 8 - 5, "FIELDS: a name makes too long a question"
+            # 5: " Layer 12:"
+            assert len(asked) + 5 <= cfg.act_at, "FIELDS: a name makes too long a question"
             exchanges = "given" in inspect.signature(task.work).parameters
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
             tests = task.draw(rng_of(0, "held out"), cfg.split, size, 4)
@@ -740,8 +746,8 @@ def readings_of(thoughts):
 
 def plan(run, slots, stage):
     """A stage ("0", "1", ..., "all") of problems of so many slots -> text steps, thoughts."""
-    latent = slots if stage == "all" else min(int(stage), slots)
-    return slots - latent, (latent if run.cfg.kind.latent else 0)
+    last = slots if stage == "all" else min(int(stage), slots)
+    return slots - last, (last if run.cfg.kind.latent else 0)
 
 def encode(run, model, batch, stage="all", last=1):
     """Read a batch -> Prompt, and the last hidden states (B, last, C)."""
@@ -835,7 +841,7 @@ def consult(run, model, questions, vectors, said):
     asked = [run.text.ids(f"{question} Layer {run.cfg.layer}:") for question in number]
     ids = put(pad(asked, run.text.eos, left=True), said.device)
     valid = ids != run.text.eos
-    act_at = run.cfg.size.positions // 8
+    act_at = run.cfg.act_at
     if ids.shape[1] > act_at:
         raise UserError(f"a question takes {ids.shape[1]} tokens, of at most {act_at}")
     begin = act_at - valid.sum(1, keepdim=True)
@@ -1858,7 +1864,7 @@ def ask_loop(run):
         print(HELP)
     while True:
         try:
-            line = input("> " * typing).strip()
+            line = input("> " if typing else "").strip()
             current = respond(run, model, oracle, line, *current) if line else current
         except EOFError:
             break
@@ -1891,6 +1897,9 @@ def numbers(string):
         raise ValueError
     return found
 
+def dashed(name):
+    return "--" + name.replace("_", "-")
+
 def parse(argv):
     """Command line -> Config. A later part, and --resume, take what is unset from the run in --out,
     and must not contradict it. Raises UserError."""
@@ -1898,24 +1907,24 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
-        name, how = "--" + field.name.replace("_", "-"), {"action": argparse.BooleanOptionalAction}
+        how = {"action": argparse.BooleanOptionalAction}
         if field.type is not bool:
             kind = numbers if field.type is tuple else field.type
             how = {"type": kind, "choices": field.metadata["choices"]}
-        parser.add_argument(name, help=field.metadata["help"], **how)
+        parser.add_argument(dashed(field.name), help=field.metadata["help"], **how)
     flags = vars(parser.parse_args(argv))
     out = flags.get("out") or f"runs/{flags.get('model', 'tiny')}"
     stage = flags.get("stage", "all")
     new = stage in ("all", "coconut") and not flags.get("resume")
     saved = {} if new else load_json(Path(out) / "config.json")
-    told = [f"--{name.replace('_', '-')}={value}" for name, value in saved.items()]
+    told = [f"{dashed(name)}={value}" for name, value in saved.items()]
     with one_line(f"{out}/config.json", "choose another --out"):
         saved = vars(parser.parse_args(told))
     for name, value in saved.items():
-        free = ("weights", "dtype", *["eval_problems", "split"] * (stage == "eval"))
+        free = {"weights", "dtype"} | ({"eval_problems", "split"} if stage == "eval" else set())
         if name not in free and flags.get(name, value) != value:
-            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: the run in {out} has "
-                            f"{value}: leave it out, or choose another --out")
+            raise UserError(f"{dashed(name)} {flags[name]}: the run in {out} has {value}: leave it "
+                            "out, or choose another --out")
     settings = {**saved, **flags, "out": out}
     cfg = Config(**settings)
     fewer = math.sqrt(SIZES["tiny"].width / cfg.size.width)
@@ -1924,7 +1933,7 @@ def parse(argv):
     for field in dataclasses.fields(Config):
         value, low, high = getattr(cfg, field.name), field.metadata["low"], field.metadata["high"]
         if field.type in (int, float) and not low <= value <= high:
-            raise UserError(f"--{field.name.replace('_', '-')} takes {low} to {high}, not {value}")
+            raise UserError(f"{dashed(field.name)} takes {low} to {high}, not {value}")
     gpu = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if gpu else "float32"
     # one problem at a time, as in ask, would be compiled anew, and is as fast without
@@ -1935,14 +1944,16 @@ def parts_of(cfg):
     """The parts of a whole run, in order."""
     if not cfg.kind.latent:
         return ["coconut", "eval"]
-    return ["coconut", "probes", *["oracle"] * (not cfg.kind.explain), "lora", "eval"]
+    readers = ["lora"] if cfg.kind.explain else ["oracle", "lora"]
+    return ["coconut", "probes", *readers, "eval"]
 
 def check(cfg):
     """Refuse what cannot work before anything is written. Raises UserError."""
     out, stage, parts = Path(cfg.out), cfg.stage, parts_of(cfg)
     done = [part for part, (_, name) in PARTS.items() if (out / name).exists()]
     started = (out / "config.json").exists()
-    again = started or done if stage in ("all", "coconut") else stage in done and stage != "eval"
+    begins = stage in ("all", "coconut")
+    again = (started or done) if begins else (stage in done and stage != "eval")
     needed = {"all": [], "coconut": [], "eval": parts[:-1], "ask": {"coconut", "oracle"} & {*parts}}
     missing = [part for part in needed.get(stage, ["coconut"]) if part not in done]
     for refused, why in (
