@@ -15,7 +15,7 @@ class Task(co.Sums):
 
     def __init__(self, sizes):
         super().__init__(sizes)
-        if max(sizes) > 2:  # so many thoughts are hardly learnt with the last stage's weight decay
+        if max(sizes) > 2:  # so many thoughts are hardly learnt by the last stage's own recipe
             co.RECIPES["last"] = co.RECIPES["text"]
 
     def text(self, problem):
