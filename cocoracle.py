@@ -1927,6 +1927,7 @@ def parse(argv):
                             "out, or choose another --out")
     settings = {**saved, **flags, "out": out}
     cfg = Config(**settings)
+    # updates in stages with thoughts go with 1 / sqrt(width)
     fewer = math.sqrt(SIZES["tiny"].width / cfg.size.width)
     steps = {name: round(fewer * getattr(cfg, name)) for name in ("train_mixed", "train_latent")}
     cfg = Config(**{**steps, **settings})
