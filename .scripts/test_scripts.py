@@ -350,10 +350,8 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narr
 
 def test_multiplication_with_a_step_given(monkeypatch):
     """Steps are those of the school method, and spell the product. A given step's digit and carry are worth what they
-    stand for: the product changes by their difference, at that place. More than two digits are trained by the
-    recipe of text to the end."""
+    stand for: the product changes by their difference, at that place. The recipe of text is kept to the end."""
     monkeypatch.setattr(co, "RECIPES", dict(co.RECIPES))
-    task = module_of(str(HERE / ".tasks/multiply.py")).Task((2,))
     assert co.RECIPES["last"] != co.RECIPES["text"]
     task = module_of(str(HERE / ".tasks/multiply.py")).Task((2, 3))
     assert co.RECIPES["last"] == co.RECIPES["text"]
