@@ -116,8 +116,8 @@ class Recipe(NamedTuple):
     muon: float  # peak rate of Muon, on the blocks' matrices, at any width; 0: AdamW on these too
     decay: float  # weight decay
 
-# Of the last stage, and of all before and after it. So much decay in the last stage leaves more in
-# a plain thought to read.
+# "last": of the last stage of thoughts that nobody explains, where so much decay leaves more to
+# read; explained ones it only slows.
 RECIPES = {"text": Recipe(3e-3, 0.02, 0.01), "last": Recipe(3e-3, 0.01, 0.3)}
 PROBE_RECIPE = Recipe(5e-3, 0.0, 0.01)
 AGAIN = 0.15  # share of the last stage's batches that repeat stage 0, half as large: text on demand
@@ -1323,7 +1323,7 @@ def train_coconut(run):
                 return coconut_loss(run, model, "0", rng, math.ceil(cfg.batch_size / 2))
             return coconut_loss(run, model, stage, rng)
 
-        recipe = cfg.recipes["last" if stage == "all" else "text"]
+        recipe = cfg.recipes["last" if stage == "all" and not cfg.kind.explain else "text"]
         fit(run, f"coconut {stage}", model, steps[stage], recipe, loss_of)
         if stage == "0" and not cfg.pretrained:
             save_model(run, "base", model)

@@ -348,13 +348,10 @@ def test_the_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch, narr
     assert script.main(tmp_path, "1", "1", *SHORT, "--eval-problems", "77") == 1
     assert capsys.readouterr().err.count("was trained with other flags: choose another folder\n") == 3
 
-def test_multiplication_with_a_step_given(monkeypatch):
+def test_multiplication_with_a_step_given():
     """Steps are those of the school method, and spell the product. A given step's digit and carry are worth what they
-    stand for: the product changes by their difference, at that place. The recipe of text is kept to the end."""
-    monkeypatch.setattr(co, "RECIPES", dict(co.RECIPES))
-    assert co.RECIPES["last"] != co.RECIPES["text"]
+    stand for: the product changes by their difference, at that place."""
     task = module_of(str(HERE / ".tasks/multiply.py")).Task((2, 3))
-    assert co.RECIPES["last"] == co.RECIPES["text"]
     said = [task.say(step) for step in task.work((37, 85))]
     assert said == ["write 5 carry 3 is 7*5+0+0", "write 8 carry 1 is 3*5+0+3", "write 1",
                     "write 4 carry 6 is 7*8+8+0", "write 1 carry 3 is 3*8+1+6", "write 3"]
