@@ -118,15 +118,19 @@ def test_larger_models_take_fewer_steps_in_thoughts():
 @pytest.mark.parametrize("kind, stages", [("faithful", 4), ("plain", 4), ("bottleneck", 5)])
 def test_stages(tmp_path, monkeypatch, kind, stages):
     """Text, then one slot more at a time as thoughts, in so many steps for each of them, and all slots; where nobody
-    explains them, these first with the problem in sight."""
-    phases = []
-    monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, *_: phases.append((phase, steps)))
+    explains them, these first with the problem in sight, and the last stage has a recipe of its own."""
+    phases, recipes = [], []
+    monkeypatch.setattr(co, "fit", lambda run, phase, model, steps, recipe, _: (
+        phases.append((phase, steps)), recipes.append(recipe)))
     monkeypatch.setattr(co, "stage_scores", lambda *_: co.rate([True]))
     run = run_of("--digits", "2-4", "--train-mixed", 7, "--thoughts", kind, out=tmp_path / "run")
     run.out.mkdir()
     co.train_coconut(run)
     mixed = [(f"coconut {k}", 7 * k) for k in range(1, stages + 1)]
     assert phases == [("coconut 0", 250), *mixed, ("coconut all", 2200)]
+    known = run.cfg.recipes
+    own = known["text"] if kind == "faithful" else known["last"]
+    assert known["text"] != known["last"] and recipes == [known["text"]] * len(phases[:-1]) + [own]
 
 def test_tokens_before_the_answer(monkeypatch):
     """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""
