@@ -116,9 +116,10 @@ class Recipe(NamedTuple):
     muon: float  # peak rate of Muon, on the blocks' matrices, at any width; 0: AdamW on these too
     decay: float  # weight decay
 
-# "last": of the last stage of thoughts that nobody explains, where so much decay leaves more to
-# read; explained ones it only slows.
-RECIPES = {"text": Recipe(3e-3, 0.02, 0.01), "last": Recipe(3e-3, 0.01, 0.3)}
+# Of the last stage, by whether thoughts are explained, and of all else. Decay makes words hold for
+# steps that are never read; more of it leaves more to read in thoughts that nobody explains.
+RECIPES = {"text": Recipe(3e-3, 0.02, 0.01), "explained": Recipe(3e-3, 0.02, 0.1),
+           "unexplained": Recipe(3e-3, 0.01, 0.3)}
 PROBE_RECIPE = Recipe(5e-3, 0.0, 0.01)
 AGAIN = 0.15  # share of the last stage's batches that repeat stage 0, half as large: text on demand
 REHEARSAL = 0.25  # share of a fine-tuned oracle's batches that repeat the coconut's own task too
@@ -1323,7 +1324,8 @@ def train_coconut(run):
                 return coconut_loss(run, model, "0", rng, math.ceil(cfg.batch_size / 2))
             return coconut_loss(run, model, stage, rng)
 
-        recipe = cfg.recipes["last" if stage == "all" and not cfg.kind.explain else "text"]
+        last = "explained" if cfg.kind.explain else "unexplained"
+        recipe = cfg.recipes[last if stage == "all" else "text"]
         fit(run, f"coconut {stage}", model, steps[stage], recipe, loss_of)
         if stage == "0" and not cfg.pretrained:
             save_model(run, "base", model)

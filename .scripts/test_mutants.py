@@ -129,8 +129,8 @@ def test_stages(tmp_path, monkeypatch, kind, stages):
     mixed = [(f"coconut {k}", 7 * k) for k in range(1, stages + 1)]
     assert phases == [("coconut 0", 250), *mixed, ("coconut all", 2200)]
     known = run.cfg.recipes
-    own = known["text"] if kind == "faithful" else known["last"]
-    assert known["text"] != known["last"] and recipes == [known["text"]] * len(phases[:-1]) + [own]
+    own = known["explained" if kind == "faithful" else "unexplained"]
+    assert len({*known.values()}) == 3 and recipes == [known["text"]] * len(phases[:-1]) + [own]
 
 def test_tokens_before_the_answer(monkeypatch):
     """Text tokens that were written, not the padding after them, and thoughts, a problem; and seconds a problem."""

@@ -244,7 +244,7 @@ def test_a_stand_in_for_released_weights(tmp_path, monkeypatch):
     flags = ["--model", "gpt2", "--weights", str(tmp_path / "weights"), "--device", "cpu", "--digits", "2"]
     run = run_of(*flags)
     weights = co.read_safetensors(tmp_path / "weights/model.safetensors", co.shapes_of(run, 50257))
-    assert run.cfg.size == (2, 1, 32, 256) and run.cfg.recipes["last"].muon == 0.01
+    assert run.cfg.size == (2, 1, 32, 256) and run.cfg.recipes["explained"].muon == 0.02
     assert torch.equal(co.released_weights(run)["wte.weight"][:50257], weights["wte.weight"])
     used = []
     monkeypatch.setattr(co, "RECIPES", co.RECIPES)  # put back afterwards
@@ -252,7 +252,7 @@ def test_a_stand_in_for_released_weights(tmp_path, monkeypatch):
     monkeypatch.setitem(co.PARTS, "coconut", (co.train_coconut, "coconut/model.safetensors"))
     args = [*flags, "--stage", "coconut", "--out", str(tmp_path / "run")]
     assert script.main(["make", str(tmp_path / "weights"), "1"]) == script.main(["make"]) == script.main([]) == 2
-    assert script.main(["adamw", *args]) == 0 and used[0]["last"] == (pytest.approx(1e-4), 0.0, 0.01)
+    assert script.main(["adamw", *args]) == 0 and used[0]["explained"] == (pytest.approx(1e-4), 0.0, 0.01)
 
 def test_the_model_card_thinks(mini, capsys, monkeypatch):
     """The Python of coconut's README.md, plain transformers, gives the answer that it says, and other problems' too."""
