@@ -45,13 +45,15 @@ def run_of(*args, out="nowhere"):
     """A Run of these flags, on the CPU. Nothing is written."""
     return co.open_run(co.parse(["--accumulate", "1", *map(str, args), "--out", str(out), "--device", "cpu"]))
 
-def rough(run, seed=0, std=0.3):
+def rough(run, std=0.3):
     """A random model whose weights are so large that every part of it matters."""
-    torch.manual_seed(seed)
     model = co.new_model(run)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=std / p.shape[-1] ** 0.25)
     return model
+
+def ids_of(text, string):  # that has special tokens in it
+    return tuple(text.enc.encode(string, allowed_special="all"))
 
 def near(a, b, tolerance=1e-4):
     return (a - b).abs().max().item() < tolerance
@@ -439,7 +441,7 @@ def test_help_names_every_flag():
 def test_tokens():
     """A token a digit; specials are single tokens; words of steps and questions are whole; any text comes back."""
     text = (run := run_of()).text
-    pieces = [text.enc.decode([i]) for i in text.ids("347+285=<bot>7+5=12 write 2 carry 1<sep>")]
+    pieces = [text.enc.decode([i]) for i in ids_of(text, "347+285=<bot>7+5=12 write 2 carry 1<sep>")]
     assert pieces == [*"347+285=", "<bot>", *"7+5=12", " write", " 2", " carry", " 1", "<sep>"]
     for family in text.wordings:
         for question in text.wordings[family]:
@@ -463,15 +465,15 @@ def test_batch():
     batch = co.make_batch(run, PROBLEMS, works, 2)
     for row, steps in enumerate(works):
         said = "".join(run.task.say(step) + "<sep>" for step in steps[:2])
-        prefix = text.ids(run.task.text(PROBLEMS[row]) + "<bot>" + said)
+        prefix = ids_of(text, run.task.text(PROBLEMS[row]) + "<bot>" + said)
         kept = batch.prefix[row] if batch.valid is None else batch.prefix[row][batch.valid[row]]
         assert tuple(kept.tolist()) == prefix
         target = batch.text_target[row][batch.text_target[row] != co.IGNORE].tolist()
-        assert tuple(target) == text.ids(said) and batch.text_target[row, -1] == co.IGNORE
+        assert tuple(target) == ids_of(text, said) and batch.text_target[row, -1] == co.IGNORE
         spelled = ("<eot>" + run.task.spell(steps) + "<|endoftext|>")
-        n = len(text.ids(spelled))
-        assert tuple(batch.answer[row, :n - 1].tolist()) == text.ids(spelled)[:-1]
-        assert tuple(batch.answer_target[row, :n - 1].tolist()) == text.ids(spelled)[1:]
+        n = len(ids_of(text, spelled))
+        assert tuple(batch.answer[row, :n - 1].tolist()) == ids_of(text, spelled)[:-1]
+        assert tuple(batch.answer_target[row, :n - 1].tolist()) == ids_of(text, spelled)[1:]
         assert (batch.answer_target[row, n - 1:] == co.IGNORE).all()
 
 def test_questions_of_a_batch():
@@ -546,7 +548,7 @@ def test_consult_equals_plain_prompts():
     loss, right = co.oracle_loss(run, model, questions, targets, vectors)
     rows = []
     for row, question in enumerate(questions):
-        head, said = text.ids(f"{question} Layer 2:<act>"), [*text.ids(targets[row]), text.eos]
+        head, said = [*text.ids(f"{question} Layer 2:"), text.act], [*text.ids(targets[row]), text.eos]
         x = model.wte(torch.tensor([[*head, *said[:-1]]]))
         begin = run.cfg.size.positions // 8 - len(head) + 1
         hidden, _, _ = model(x, pos=begin, inject=vectors[row:row + 1], place=len(head) - 1)
@@ -934,7 +936,7 @@ def test_from_pretrained_loads_what_is_saved(mini):
 
     out, _, _ = mini
     run = run_of("--stage", "eval", out=out)
-    ids = torch.tensor([run.text.ids("47+85=<bot>7+5=12 write 2<sep><eot>132<|endoftext|>")])
+    ids = torch.tensor([ids_of(run.text, "47+85=<bot>7+5=12 write 2<sep><eot>132<|endoftext|>")])
     for name in ("coconut", "base", "lora"):
         theirs = transformers.GPT2LMHeadModel.from_pretrained(out / ("base" if name == "lora" else name)).eval()
         theirs = peft.PeftModel.from_pretrained(theirs, out / name).eval() if name == "lora" else theirs
@@ -944,7 +946,7 @@ def test_from_pretrained_loads_what_is_saved(mini):
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "coconut")
     mixed = "347 + 285 = 632, <bot>7+5<sep><eot><act>", "What is it? It's 1234 naïve\n\n  x"
     for s in (*mixed, *run.text.test_wording.values()):
-        assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
+        assert tokenizer(s)["input_ids"] == list(ids_of(run.text, s))
 
 @pytest.mark.parametrize("kind", ["none", "plain", *(pytest.param(kind, marks=TORTURE) for kind in (
     "pause", "bottleneck", "explained"))])
@@ -1128,7 +1130,7 @@ def test_whole_run_from_released_weights(tmp_path, monkeypatch):
         assert torch.equal(wte[row], theirs.transformer.wte.weight[run.text.ids(like)[0]])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/coconut")
     for s in ("347 + 285 = 632, <bot>7+5<sep>", "It's 1234 naïve\n\n  x", run.text.test_wording["step"]):
-        assert tokenizer(s)["input_ids"] == list(run.text.ids(s))
+        assert tokenizer(s)["input_ids"] == list(ids_of(run.text, s))
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "shapes", "heads", "encoding", "nowhere"])
 def test_wrong_released_files_are_refused(tmp_path, capsys, damage):

@@ -97,10 +97,11 @@ def think(run, model, problems):
 def ask(run, oracle, readings, question):
     """Answers, a list of text, to a question about readings (N, C)."""
     words, limit, hold = question
-    ids, said, device = run.text.ids(f"Layer 18: <act> {words}"), [], readings.device
+    before, said, device = run.text.ids("Layer 18: "), [], readings.device
+    ids = [*before, run.text.act, *run.text.ids(f" {words}")]
     for vectors in readings.split(250):
         x = oracle.wte(co.put([ids], device)).expand(len(vectors), -1, -1)
-        hidden, segment, _ = oracle(x, inject=vectors, place=ids.index(run.text.act), last=1)
+        hidden, segment, _ = oracle(x, inject=vectors, place=len(before), last=1)
         said += write(run, oracle, co.Prompt([segment], hidden, len(ids)), limit, hold)
     return [answer.strip() for answer in said]
 
@@ -178,7 +179,7 @@ def main(argv=None):
     task = Sums(cfg.digits)
     folder = args.weights or gpt2_weights.fetch(args.model, gpt2_weights.BPE_FILES)
     ranks = gpt2_weights.read_bpe(folder)
-    run = co.Run(cfg, task, Text(task, ranks), Path(args.out), exchanges=False, slots=0)
+    run = co.Run(cfg, task, Text(task, ranks), Path(args.out))
     files = [read_pickle(path, co.shapes_of(run)) for path in args.checkpoints]
     coconut, oracle = [co.new_model(run, weights) for weights in files]
     run.out.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def make(out, minutes, most=12e6):
     ids = np.concatenate([[*enc.encode_ordinary(words), len(ranks)] for words in text])
     held_out, ids = ids[:len(ids) // 50], ids[len(ids) // 50:]
     cfg = dataclasses.replace(co.Config(), device="cpu", dtype="bfloat16")
-    run = co.Run(cfg, None, None, out, False, 0)
+    run = co.Run(cfg, None, None, out)
     torch.manual_seed(0)
     model = co.GPT(len(ranks) + 1, LAYERS, HEADS, WIDTH, POSITIONS, read=0)
     optimizers = co.make_optimizers(run, model, co.Recipe(3e-3 * 96 / WIDTH, 0.02, 0.01))

@@ -15,7 +15,7 @@ import torch
 import trial
 
 import cocoracle as co
-from test_cocoracle import PROBLEMS, ByHand, rough, run_of, train
+from test_cocoracle import PROBLEMS, ByHand, ids_of, rough, run_of, train
 
 def by_hand(monkeypatch, *flags):
     """A run of hand-made thoughts, and its held-out problems solved."""
@@ -25,7 +25,7 @@ def by_hand(monkeypatch, *flags):
 
 def wordy(run):
     """A random model whose text varies: the last norm's bias would write the same token everywhere."""
-    model = rough(run, seed=1, std=0.6)
+    model = rough(run, std=0.6)
     torch.nn.init.zeros_(model.ln_f.bias)
     return model
 
@@ -50,7 +50,7 @@ def test_answers_are_greedy_text_after_the_thoughts():
     said = co.answer(run, model, prompt, thoughts)
     with torch.no_grad():
         for row, own in enumerate(PROBLEMS):
-            prefix, written = model.wte(torch.tensor([text.ids(run.task.text(own) + "<bot>")])), []
+            prefix, written = model.wte(torch.tensor([ids_of(text, run.task.text(own) + "<bot>")])), []
             fed = [prompt.hidden, *(thought.hidden for thought in thoughts[:-1])]
             x = torch.cat([prefix, *(hidden[row:row + 1] for hidden in fed)], dim=1)
             while text.eos not in written and len(written) < run.longest + 2:
@@ -76,7 +76,7 @@ def test_what_is_said_of_which_vectors():
     model, text, readings = wordy(run), run.text, torch.randn(3, 96)
     white = co.Whitener(torch.randn(200, 96) * 5)
     for oracle, question in (co.Oracle(model), None), (co.Oracle(model, white), "Why?"):
-        head = text.ids(f"{question or text.test_wording['step']} Layer 2:<act>")
+        head = [*text.ids(f"{question or text.test_wording['step']} Layer 2:"), text.act]
         vectors = white(readings) if oracle.white else readings
         for row, said in enumerate(co.ask(run, oracle, readings, question)):
             written, begin = [], run.cfg.size.positions // 8 - len(head) + 1
@@ -92,16 +92,15 @@ def test_the_longest_problem_is_counted_in_positions(monkeypatch):
     problems = run.task.draw(co.rng_of(0, "longest", 3), co.TRAIN, 3, 300)
     batch = co.make_batch(run, problems, [run.task.work(problem) for problem in problems], 4)
     positions = batch.valid.sum(1) + (batch.answer_target != co.IGNORE).sum(1)
-    assert co.try_out(run.task, run.text, run.cfg)[1] == 4
+    assert co.try_out(run).slots == 4
     most, works = int(positions.max()), [run.task.work(problem) for problem in problems]
     monkeypatch.setitem(co.SIZES, "tiny", co.Size(3, 3, 96, most))
     co.make_batch(run, problems, works, 4)
     monkeypatch.setitem(co.SIZES, "tiny", co.Size(3, 3, 96, most - 1))
     with pytest.raises(co.UserError, match=f"draw: {most} positions: [(]"):
         co.make_batch(run, problems, works, 4)
-    monkeypatch.setattr(run.text, "wordings", {"step": ["a"]})
-    with pytest.raises(co.UserError, match=f"texts take {most} of {most - 1} positions"):
-        co.try_out(run.task, run.text, run.cfg)
+    with pytest.raises(co.UserError, match=f"draw: {most} positions: [(]"):
+        co.try_out(run)
 
 def test_positions_end_where_the_model_ends():
     """Text that runs away stays at the last position."""
@@ -374,7 +373,7 @@ def test_a_step_is_given_as_text_too(monkeypatch):
         assert works == asked[-1][4]
         for steps, target in zip(works, batch.text_target.tolist()):
             said = [run.task.say(step) + "<sep>" for number, step in enumerate(steps[:2]) if number not in slots]
-            assert tuple(t for t in target if t != co.IGNORE) == run.text.ids("".join(said))
+            assert tuple(t for t in target if t != co.IGNORE) == ids_of(run.text, "".join(said))
     assert set(seen) == {(), (0,), (1,), (0, 1)} and 10 < seen.count(()) < 30
     run = run_of("--digits", "3", "--batch-size", 6, "--thoughts", "explained")
     for step in range(8):

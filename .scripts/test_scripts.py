@@ -248,7 +248,7 @@ def test_a_stand_in_for_released_weights(tmp_path, monkeypatch):
     assert torch.equal(co.released_weights(run)["wte.weight"][:50257], weights["wte.weight"])
     used = []
     monkeypatch.setattr(co, "RECIPES", co.RECIPES)  # put back afterwards
-    monkeypatch.setattr(co, "train_coconut", lambda run: used.append(run.cfg.recipes))
+    monkeypatch.setattr(co, "train_coconut", lambda run: (used.append(run.cfg.recipes), run.out.mkdir()))
     monkeypatch.setitem(co.PARTS, "coconut", (co.train_coconut, "coconut/model.safetensors"))
     args = [*flags, "--stage", "coconut", "--out", str(tmp_path / "run")]
     assert script.main(["make", str(tmp_path / "weights"), "1"]) == script.main(["make"]) == script.main([]) == 2
@@ -408,25 +408,19 @@ def test_a_task_of_ones_own(tmp_path):
     assert code == 0 and "left 6" in told and "<- of 4>" in told
 
 @pytest.mark.parametrize("good, bad, says", [
-    ("__init__(self, sizes): pass", "__init__(self, sizes): 1 / 0", "ZeroDivisionError"),
-    ("class Task", "class Other", "no class Task"), ("def spell", "def spelt", "no attribute .spell"),
-    ("return str(steps", "return str(step", "spell: NameError.* problem 8"),
-    ("for slot in range(3)", "for slot in range(problem)", "work: 9 steps, of others of its size 8: problem 9"),
-    ("given.get(slot, max(left, 0))", "max(left, 0)", "work: a given step .*problem 9"),
-    ("f\"left", "f\"<sep>left", "say .* special tokens: problem 8"), ("str(steps[-1])", "steps[-1]", "TypeError"),
-    ("str(steps[-1])", "\"\\ud800\"", "spell: plain text"), ("{\"left\": step}", "{}", "fields: .*problem 8"),
-    ("return [int(x)", "return 1 / 0, [int(x)", "draw: ZeroDivisionError.*of size 3"),
-    ("{\"left\": 10}", "{\"left\": 8}", "fields: .*problem 9"),
-    ("left\": step", "left\": \"x\"", "fields: .*problem 8"),
-    ("return False", "return True", "never_read, fields: .*size 3"), ("{\"left\": step}", "None", "fields: .*size 3"),
-    ("def fields", "FIELDS = {\"?\" * 40: 10}\n    def fields(self, step): return {\"?\" * 40: step}\n    def no",
-     "FIELDS: .* too long a question"),
-    ("def fields", "FIELDS = {'x': 9, 'y': 9}\n    def fields(self, step): return {'y': 1, 'x': 1}\n    def no",
-     "fields: .* in order"), ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"),
-    ("n)]", "n if split != 'test' else 3)]", "draw: .* 3 of 4 to test on: problem 'of size 3'"),
-    ("n)]", "n if split != 'train' else 0)]", "draw: .*size 3"),
-    ("return False", "return False\n    def looser(self, said): return {'x': said[0]}", "looser: IndexError"),
-    ("size(self, problem): return 3", "size(self, problem): return 4", "size: not 3: problem 8")])
+    ("__init__(self, sizes): pass", "__init__(self, sizes): 1 / 0", "__init__: ZeroDivisionError"),
+    ("class Task", "class Other", "no class Task"), ("def spell", "def spelt", "problem 8: .*no attribute .spell"),
+    ("return str(steps", "return str(step", "problem 8: spell: NameError"),
+    ("for slot in range(3)", "for slot in range(problem)", "problem 9: work: 9 steps, of others of its size 8"),
+    ("given.get(slot, max(left, 0))", "max(left, 0)", "problem 9: work: a given step"),
+    ("str(steps[-1])", "steps[-1]", "problem 8: .*TypeError"), ("{\"left\": step}", "{}", "problem 8: fields"),
+    ("return [int(x)", "return 1 / 0, [int(x)", "size 3: draw: ZeroDivisionError"),
+    ("{\"left\": 10}", "{\"left\": 8}", "problem 9: fields"), ("left\": step", "left\": \"x\"", "problem 8: fields"),
+    ("return False", "return True", "size 3: fields, never_read"), ("{\"left\": step}", "None", "size 3: fields, never"),
+    ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"), ("n)]", "n if split != 'train' else 0)]", "size 3: draw"),
+    ("n)]", "n if split != 'test' else 3)]", "size 3: draw: .* 3 of 4 to test on"),
+    ("return False", "return False\n    def looser(self, said): return {'x': said[0]}", "problem 8: looser: IndexError"),
+    ("size(self, problem): return 3", "size(self, problem): return 4", "size 3: size: another one")])
 def test_a_mistake_in_a_task(tmp_path, capsys, good, bad, says):
     """It is one line that names the method and the problem, exit 2, and nothing is written."""
     assert COUNT_DOWN.count(good) == 1
