@@ -479,6 +479,9 @@ def try_out(run):
     """Work some problems of each size, so that a mistake in a task of your own costs no training
     -> the Run, with its slots and longest. Raises UserError."""
     task, slots, longest = run.task, [], []
+    asked = max(len(run.text.ids(words)) for words in sum(run.text.wordings.values(), []))
+    if asked + 5 > run.cfg.size.positions // 8:  # 5: " Layer 12:"
+        raise UserError("the task's FIELDS: a name makes too long a question")
     for size in run.cfg.digits:
         with task_code(f"the task, size {size}"):
             drawn = task.draw(rng_of(0, "longest", size), TRAIN, size, 300)
@@ -1297,7 +1300,7 @@ def train_coconut(run):
     model = new_model(run, released_weights(run) if cfg.pretrained else None)
     run.out.mkdir(parents=True, exist_ok=True)
     write_atomic(run.out / "config.json", json.dumps(cfg.knobs, indent=1) + "\n")
-    if cfg.pretrained:
+    if cfg.pretrained and not (run.out / "base" / "model.safetensors").exists():
         save_model(run, "base", model)
     # Thoughts that nobody explains are all thought with the problem in sight, too, before they must
     # do without: where they were not, one seed of five answered 0.70.

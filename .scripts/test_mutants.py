@@ -99,6 +99,7 @@ def test_the_longest_problem_is_counted_in_positions(monkeypatch):
     monkeypatch.setitem(co.SIZES, "tiny", co.Size(3, 3, 96, most - 1))
     with pytest.raises(co.UserError, match=f"draw: {most} positions: [(]"):
         co.make_batch(run, problems, works, 4)
+    monkeypatch.setattr(run.text, "wordings", {"step": ["a"]})
     with pytest.raises(co.UserError, match=f"draw: {most} positions: [(]"):
         co.try_out(run)
 

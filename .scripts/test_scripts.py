@@ -419,6 +419,8 @@ def test_a_task_of_ones_own(tmp_path):
     ("return False", "return True", "size 3: fields, never_read"), ("{\"left\": step}", "None", "size 3: fields, never"),
     ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"), ("n)]", "n if split != 'train' else 0)]", "size 3: draw"),
     ("n)]", "n if split != 'test' else 3)]", "size 3: draw: .* 3 of 4 to test on"),
+    ("def fields", "FIELDS = {\"?\" * 40: 10}\n    def fields(self, step): return {\"?\" * 40: step}\n    def no",
+     "FIELDS: .* too long a question"),
     ("return False", "return False\n    def looser(self, said): return {'x': said[0]}", "problem 8: looser: IndexError"),
     ("size(self, problem): return 3", "size(self, problem): return 4", "size 3: size: another one")])
 def test_a_mistake_in_a_task(tmp_path, capsys, good, bad, says):
