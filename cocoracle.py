@@ -467,6 +467,8 @@ def try_problem(run, problem, first):
     looser = [[*task.looser(words)] for words in (*written, "")]
     assert len(steps) == len(first), f"work: {len(steps)} steps, of others of its size {len(first)}"
     assert given[0] == first[0], "work: a given step must be taken as it stands"
+    spelt = [text.show(text.ids(words)) for words in written]
+    assert spelt == written, "text, say and spell: not what tokens can spell"
     assert looser == looser[:1] * len(looser), "looser: the same names, of any text"
     for fields in map(task.fields, steps):
         if fields is not None:
@@ -1184,9 +1186,10 @@ def work_all(task, problems, donors={}):
 
 def explain_loss(run, model, rng, problems, works, thoughts, given_slots=()):
     """Nats a token of what the model says, asked as an oracle is, of --explain thoughts a problem
-    (0.5: of one of every second): unwhitened, and with gradients into them. works: the steps
-    trained on, given ones included; the last ones are thoughts. Half of the time no thought before
-    the first one given is asked about. (SIM-CoT, arXiv 2509.20317, has a decoder of its own.)
+    (0.5: half as many as problems, of every second one): unwhitened, and with gradients into
+    them. works: the steps trained on, given ones included; the last ones are thoughts. Half of the
+    time no thought before the first one given is asked about. (SIM-CoT, arXiv 2509.20317, has a
+    decoder of its own.)
     """
     each = run.cfg.explain
     chosen = np.arange(math.ceil(each * len(problems))) / each  # cut to rows below
@@ -1499,7 +1502,8 @@ def oracle_scores(run, oracle, known, never, families):
     for family in families[1:]:
         asked = known
         if family in WHOLE:
-            asked = [case for case in known if case.slot == len(case.test.thoughts) - 1]
+            asked = [case for case in known if case.slot == len(case.test.thoughts) - 1
+                     and not any(map(task.never_read, case.test.works[case.row]))]
         elif family in task.FIELDS:
             asked = [case for case in known if task.fields(case.step) is not None]
         if asked:

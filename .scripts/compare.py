@@ -1,4 +1,4 @@
-"""All kinds of thoughts over seeds, trained alike -> compare.md (a table) and compare.json.
+"""All kinds of thoughts over seeds, of as many steps -> compare.md (a table) and compare.json.
 
     python .scripts/compare.py FOLDER SEEDS JOBS [cocoracle.py's flags]
 

@@ -1,5 +1,6 @@
 """Memory of a training step from released weights, worked out without a GPU or the memory: weights,
-gradients, two moments of each, and what is kept for going backwards, of the longest problems.
+gradients, moments (Muon has one, AdamW two), and what is kept for going backwards, of the longest
+problems.
 
     python .scripts/memory.py --model gpt2-large --batch-size 16
 
@@ -40,8 +41,10 @@ def memory(run):
     run = run._replace(cfg=co.dataclasses.replace(run.cfg, digits=size))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = co.GPT(N_VOCAB, *run.cfg.size, run.cfg.layer)
-        weights = 4 * sum(p.numel() for p in model.parameters())
-        found = {"weights": weights, "gradients": weights, "moments": 2 * weights}
+        optimizers = co.make_optimizers(run, model, run.cfg.recipes["explained"])
+        trained = [sum(p.numel() for p in optimizer.param_groups[0]["params"]) for optimizer in optimizers]
+        weights = 4 * sum(trained)
+        found = {"weights": weights, "gradients": weights, "moments": 4 * (2 * trained[0] + trained[1])}
 
         def loss_of():
             with co.precision(run, model):
@@ -52,7 +55,7 @@ def memory(run):
             for step in range(3):  # with and without an exchange
                 found[f"kept, {name}"] = max(found[f"kept, {name}"], kept(model, loss_of))
     most = max(found["kept, text"], found["kept, all thoughts"])
-    return {**found, "in all": 4 * weights + most}
+    return {**found, "in all": 2 * weights + found["moments"] + most}
 
 def main(argv):
     flags = argv if "--dtype" in argv else [*argv, "--dtype", "bfloat16"]

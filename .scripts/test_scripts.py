@@ -182,7 +182,7 @@ def test_memory_worked_out_is_that_of_real_tensors(monkeypatch):
     monkeypatch.setattr(memory, "N_VOCAB", run.text.n_vocab)
     fake = memory.memory(run)
     monkeypatch.setattr(memory, "FakeTensorMode", lambda **how: contextlib.nullcontext())
-    assert memory.memory(run) == fake and fake["in all"] > 4 * fake["weights"] > 16 * run.text.n_vocab * 32
+    assert memory.memory(run) == fake and fake["in all"] > 3 * fake["weights"] > 12 * run.text.n_vocab * 32
 
 class OneDevice(torch.utils._python_dispatch.TorchDispatchMode):
     """No operation but a copy takes tensors of two devices, numbers aside."""
@@ -417,6 +417,7 @@ def test_a_task_of_ones_own(tmp_path):
     ("return [int(x)", "return 1 / 0, [int(x)", "size 3: draw: ZeroDivisionError"),
     ("{\"left\": 10}", "{\"left\": 8}", "problem 9: fields"), ("left\": step", "left\": \"x\"", "problem 8: fields"),
     ("return False", "return True", "size 3: fields, never_read"), ("{\"left\": step}", "None", "size 3: fields, never"),
+    ("str(steps[-1])", "\"\\ud800\"", "problem 8: text, say and spell"),
     ("{\"left\": 10}", "{\"step\": 10}", "FIELDS has a name"), ("n)]", "n if split != 'train' else 0)]", "size 3: draw"),
     ("n)]", "n if split != 'test' else 3)]", "size 3: draw: .* 3 of 4 to test on"),
     ("def fields", "FIELDS = {\"?\" * 40: 10}\n    def fields(self, step): return {\"?\" * 40: step}\n    def no",
